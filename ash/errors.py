@@ -1,0 +1,134 @@
+"""Every error that Ash raises on purpose, with the one table of codes and HTTP statuses. Imports nothing.
+
+AshError
+├── InvalidRequest          400  the caller sent something wrong
+├── Unauthorized            401
+├── Forbidden               403
+├── NotFound                404
+│   ├── AgentNotFound
+│   └── SessionNotFound
+├── Conflict                409  right request, wrong moment
+│   └── TurnRunning              one turn at a time per session
+├── SessionEnded            410
+├── PayloadTooLarge         413
+├── AgentUnusable           422  the agent folder is missing or broken
+├── RateLimited             429
+├── SandboxFailed           500  a sandbox did not start, died or broke the protocol
+├── UpstreamError           502  the model provider refused or failed
+├── CapacityReached         503
+│   └── IsolationUnavailable     this host cannot isolate agents
+├── Timeout                 504
+├── ConfigError                  a setting is unknown or malformed; the start stops
+├── ProtocolError                a bridge line that breaks the rules; ends that sandbox only
+└── ConnectionFailed             the client could not reach the server
+"""
+
+from __future__ import annotations
+
+
+class AshError(Exception):
+    """Base of all errors. `code` is stable and machine-readable; `status` is the HTTP status it is answered with."""
+
+    code = "internal_error"
+    status = 500
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class InvalidRequest(AshError):
+    code, status = "invalid_request", 400
+
+
+class Unauthorized(AshError):
+    code, status = "unauthorized", 401
+
+
+class Forbidden(AshError):
+    code, status = "forbidden", 403
+
+
+class NotFound(AshError):
+    code, status = "not_found", 404
+
+
+class AgentNotFound(NotFound):
+    code = "agent_not_found"
+
+
+class SessionNotFound(NotFound):
+    code = "session_not_found"
+
+
+class Conflict(AshError):
+    code, status = "conflict", 409
+
+
+class TurnRunning(Conflict):
+    code = "turn_running"
+
+
+class SessionEnded(AshError):
+    code, status = "session_ended", 410
+
+
+class PayloadTooLarge(AshError):
+    code, status = "payload_too_large", 413
+
+
+class AgentUnusable(AshError):
+    code, status = "agent_unusable", 422
+
+
+class RateLimited(AshError):
+    code, status = "rate_limited", 429
+
+
+class SandboxFailed(AshError):
+    code, status = "sandbox_failed", 500
+
+
+class UpstreamError(AshError):
+    code, status = "upstream_error", 502
+
+
+class CapacityReached(AshError):
+    code, status = "capacity_reached", 503
+
+
+class IsolationUnavailable(CapacityReached):
+    code = "isolation_unavailable"
+
+
+class Timeout(AshError):
+    code, status = "timeout", 504
+
+
+class ConfigError(AshError):
+    code = "config_error"
+
+
+class ProtocolError(AshError):
+    code = "protocol_error"
+
+
+class ConnectionFailed(AshError):
+    code, status = "connection_failed", 503
+
+
+def _tree(base: type[AshError]) -> dict[str, type[AshError]]:
+    found = {base.code: base}
+    for child in base.__subclasses__():
+        found.update(_tree(child))
+    return found
+
+
+def error_for(status: int, code: str | None, message: str) -> AshError:
+    """The error a client raises for an answer: by its `code`, else by its HTTP status, else a plain AshError."""
+    classes = _tree(AshError)
+    by_status = {cls.status: cls for cls in reversed(list(classes.values()))}
+    cls = classes.get(code or "") or by_status.get(status) or AshError
+    error = cls(message)
+    error.status = status
+    return error

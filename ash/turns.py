@@ -1,0 +1,179 @@
+"""The living part of a session: its sandbox, at most one turn, and the pump that writes what the bridge says into the log.
+
+It knows no requests and no records. Whatever dies, `LiveSession.finish` writes the one event that ends a turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from typing import Any
+
+from ash import models
+from ash.errors import AshError, SandboxFailed, TurnRunning
+from ash.events import EventLog
+from ash.models import Json, NewEvent
+from ash.sandbox import Sandbox
+
+log = logging.getLogger(__name__)
+
+INTERRUPT_GRACE = 10.0
+"""Seconds an interrupted bridge gets to end its turn before its sandbox is stopped."""
+_RETRY_DELAYS = (0.1, 0.5, 2.0, 10.0, 30.0)
+
+
+class ActiveTurn:
+    """A turn under way. `ended` is set once its terminal event is in the log."""
+
+    def __init__(self, content: str | list[Any], options: Json) -> None:
+        self.id = models.new_id()
+        self.content = content
+        self.options = options
+        self.streamed = bool(options.get("includePartialMessages"))
+        self.interrupted = False
+        self.sandbox: Sandbox | None = None  # the one that was asked to run it
+        self.error: str | None = None
+        self.last_sign = time.monotonic()
+        self.ended = asyncio.Event()
+
+
+class LiveSession:
+    """What the server holds in memory for one session. `lock` guards its status together with its sandbox."""
+
+    def __init__(self, session_id: str, event_log: EventLog, counters: Counter[str]) -> None:
+        self.session_id = session_id
+        self.lock = asyncio.Lock()
+        self.sandbox: Sandbox | None = None
+        self.turn: ActiveTurn | None = None
+        self.needs_init = False
+        self.idle_since = time.monotonic()
+        self._counters = counters
+        self._log = event_log
+
+    @property
+    def is_idle(self) -> bool:
+        return self.turn is None and not self.lock.locked()
+
+    def begin(self, turn: ActiveTurn) -> None:
+        """Take the one place for a turn. Raises TurnRunning; nothing is awaited, so that no second turn slips in."""
+        if self.turn is not None:
+            raise TurnRunning("A turn is already running in this session; wait for its `done` event or interrupt it")
+        self.turn = turn
+
+    async def pump(self, sandbox: Sandbox) -> None:
+        """Write a sandbox's events into the log until it is gone, then end the turn that it left open."""
+        try:
+            async for event in sandbox.events():
+                await self._handle(event)
+        except AshError as error:
+            log.error("session %s: its events could not be recorded: %s", self.session_id, error)
+            await sandbox.stop(grace=0)
+            sandbox.failure = sandbox.failure or f"the session's events could not be recorded: {error}"
+        if self.sandbox is sandbox:
+            self.sandbox = None
+        if self.turn is not None and self.turn.sandbox is sandbox:
+            await self.finish(self.turn, "failed", sandbox.failure or "the sandbox ended during the turn")
+
+    async def _handle(self, event: Json) -> None:
+        turn = self.turn
+        if turn is None or event.get("turn_id") != turn.id:
+            return
+        turn.last_sign = time.monotonic()
+        if event["ev"] in ("message", "delta"):
+            await self._log.append(self.session_id, models.expand(event["data"], streamed=turn.streamed))
+        elif event["ev"] == "error":
+            turn.error = event["error"]
+        elif event["ev"] == "done":
+            await self.finish(turn, event["status"], event.get("error"))
+
+    async def finish(self, turn: ActiveTurn, status: str, error: str | None = None) -> None:
+        """End a turn with its terminal event, synced to disk. Only the first call for a turn does anything."""
+        if self.turn is not turn:
+            return
+        if turn.interrupted and status == "failed":
+            status = "interrupted"
+        events = [NewEvent(models.TURN_ENDED, {"turnId": turn.id, "status": status})]
+        if status == "failed":
+            events.insert(0, NewEvent(models.TURN_FAILED, {"error": turn.error or error or "the turn failed"}))
+        # The place is free before the event can be seen: a client that reads `done` may send its next message at once.
+        # Nothing is awaited in between, so the next turn's first event comes behind this one in the log.
+        self.turn = None
+        self.idle_since = time.monotonic()
+        self._counters[status] += 1
+        await self._append_surely(events)
+        turn.ended.set()
+
+    async def _append_surely(self, events: list[NewEvent]) -> None:
+        for delay in _RETRY_DELAYS:
+            try:
+                await self._log.append(self.session_id, events, sync=True)
+                return
+            except AshError as error:
+                log.error("session %s: the end of its turn could not be recorded, next try in %s s: %s", self.session_id, delay, error)
+                await asyncio.sleep(delay)
+        log.error("session %s: the end of its turn is not recorded; the next start of the server will", self.session_id)
+
+    async def query(self, turn: ActiveTurn, sandbox: Sandbox) -> None:
+        """Hand the turn to the bridge. From here on the pump ends it."""
+        if self.turn is not turn:
+            return
+        if turn.interrupted:
+            await self.finish(turn, "interrupted")
+            return
+        turn.sandbox = sandbox
+        turn.last_sign = time.monotonic()
+        try:
+            await sandbox.query(turn.id, turn.content, turn.options)
+        except SandboxFailed as error:
+            await self.finish(turn, "failed", str(error))
+
+    async def watch(self, turn: ActiveTurn, turn_timeout: float, hang_timeout: float) -> None:
+        """Wait for the turn's end; a turn that takes too long, or whose bridge fell silent, is ended here."""
+        deadline = time.monotonic() + turn_timeout
+        while not turn.ended.is_set():
+            limit = min(deadline, turn.last_sign + hang_timeout)
+            try:
+                async with asyncio.timeout(max(0.0, limit - time.monotonic())):
+                    await turn.ended.wait()
+            except TimeoutError:
+                await self._check_overdue(turn, deadline, hang_timeout)
+
+    async def _check_overdue(self, turn: ActiveTurn, deadline: float, hang_timeout: float) -> None:
+        moment = time.monotonic()
+        if moment >= deadline:
+            turn.error = "the turn took longer than the server allows (turn_timeout) and was ended"
+            await self.break_off(turn, "failed")
+        elif moment >= turn.last_sign + hang_timeout:
+            turn.error = f"the agent's process gave no sign of life for {hang_timeout:g} seconds and was ended"
+            await self.break_off(turn, "failed", grace=0)
+
+    async def interrupt(self, turn: ActiveTurn) -> None:
+        """Ask the bridge to end the turn now. One that does not within INTERRUPT_GRACE loses its sandbox."""
+        turn.interrupted = True
+        await self.break_off(turn, "interrupted")
+
+    async def break_off(self, turn: ActiveTurn, status: str, grace: float = INTERRUPT_GRACE) -> None:
+        """End a turn that a bridge is running: by asking first, for `grace` seconds. One not yet handed over ends in `query`."""
+        if turn.sandbox is None:
+            return
+        if grace:
+            await self._ask_to_end(turn, turn.sandbox, grace)
+        if self.turn is turn:
+            await self.finish(turn, status)
+            await self.give_up(grace=0)
+
+    async def _ask_to_end(self, turn: ActiveTurn, sandbox: Sandbox, grace: float) -> None:
+        try:
+            async with asyncio.timeout(grace):
+                await sandbox.interrupt(turn.id)
+                await turn.ended.wait()
+        except (TimeoutError, SandboxFailed):
+            log.warning("session %s: its bridge did not end the turn when asked", self.session_id)
+
+    async def give_up(self, grace: float = 5.0) -> None:
+        """Stop the sandbox, if there is one. The session's folder stays, so that the session can wake again."""
+        sandbox, self.sandbox = self.sandbox, None
+        if sandbox is not None:
+            await sandbox.stop(grace)
