@@ -169,3 +169,13 @@ def child_environ(names: tuple[str, ...], extra: Mapping[str, str] | None = None
     """An environment for a child process built from nothing: only `names` are passed on, then `extra`."""
     kept = {name: os.environ[name] for name in names if name in os.environ}
     return {**kept, **(extra or {})}
+
+
+def markdown() -> str:
+    """The table of docs/settings.md."""
+    lines = ["| flag | variable | default | what it does |", "|---|---|---|---|"]
+    for row in SETTINGS:
+        words = " or ".join(row.kind) if isinstance(row.kind, tuple) else ""
+        default = "" if row.default in (None, "") else f"`{row.default}`"
+        lines.append(f"| `{row.flag}`{f' ({words})' if words else ''} | `{row.env}` | {default} | {row.help} |")
+    return "\n".join(lines)

@@ -14,6 +14,7 @@ AshError
 ├── AgentUnusable           422  the agent folder is missing or broken
 ├── RateLimited             429
 ├── SandboxFailed           500  a sandbox did not start, died or broke the protocol
+├── StoreFailed             500  the database cannot be used: disk full, locked, damaged, too new
 ├── UpstreamError           502  the model provider refused or failed
 ├── CapacityReached         503
 │   └── IsolationUnavailable     this host cannot isolate agents
@@ -87,6 +88,10 @@ class RateLimited(AshError):
 
 class SandboxFailed(AshError):
     code, status = "sandbox_failed", 500
+
+
+class StoreFailed(AshError):
+    code, status = "store_failed", 500
 
 
 class UpstreamError(AshError):

@@ -270,9 +270,10 @@ def main() -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     moment = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    host = f"Measured {moment}: {os.cpu_count()} cores, Linux {platform.release()}, CPython {platform.python_version()}, {options.pyz.stat().st_size / 1e6:.1f} MB ash.pyz."
+    host = f"{os.cpu_count()} cores, Linux {platform.release()}, CPython {platform.python_version()}"
+    size = f"`ash.pyz` of {options.pyz.stat().st_size / 1e6:.1f} MB"
     if options.write:
-        write(options.write, f"{host}\n\n{table(rows)}")
+        write(options.write, f"Measured {moment}: {host}, {size}.\n\n{table(rows)}")
 
 
 if __name__ == "__main__":
