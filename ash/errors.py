@@ -16,6 +16,7 @@ AshError
 ├── SandboxFailed           500  a sandbox did not start, died or broke the protocol
 ├── StoreFailed             500  the database cannot be used: disk full, locked, damaged, too new
 ├── UpstreamError           502  the model provider refused or failed
+│   └── ModelRefused             its error as the Messages API words it: status, kind, headers
 ├── CapacityReached         503
 │   └── IsolationUnavailable     this host cannot isolate agents
 ├── Timeout                 504
@@ -32,6 +33,8 @@ class AshError(Exception):
 
     code = "internal_error"
     status = 500
+    hint = ""
+    """What to do about it, where the message has fixed words."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -96,6 +99,16 @@ class StoreFailed(AshError):
 
 class UpstreamError(AshError):
     code, status = "upstream_error", 502
+
+
+class ModelRefused(UpstreamError):
+    """An error of the model API. `kind` is its `error.type`; `headers` are those that the caller of the API needs."""
+
+    code = "model_refused"
+
+    def __init__(self, message: str, *, status: int = 502, kind: str = "api_error", headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.kind, self.headers = status, kind, headers or {}
 
 
 class CapacityReached(AshError):

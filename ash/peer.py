@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import socket
 import struct
-import sys
 from collections.abc import Iterator
+from functools import cache
 
 Address = tuple[str, int]
 
@@ -33,7 +33,7 @@ def find_uid(own: Address, peer: Address) -> int | None:
     uid = _ask_sock_diag(own, peer)
     if uid is None:
         uid = _search_proc(own, peer)
-    return uid if uid is not None and _is_mapped(uid) else None
+    return uid if uid != _ambiguous_uid() else None
 
 
 def is_loopback(address: str) -> bool:
@@ -83,15 +83,16 @@ def _read_answer(answer: bytes, ends: bytes) -> int | None:
     """The uid in an answer about exactly the connection asked for. The kernel may answer with a listener on that port instead."""
     if len(answer) < _OWNER_AT + _OWNER.size or _HEADER.unpack_from(answer)[1] != _SOCK_DIAG_BY_FAMILY:
         return None
-    family, state = _STATE.unpack_from(answer, _HEADER.size)
+    state = _STATE.unpack_from(answer, _HEADER.size)[1]
     found = answer[_ENDS_AT : _ENDS_AT + _ENDS.size]
     uid, inode = _OWNER.unpack_from(answer, _OWNER_AT)[3:]
-    is_same = found[:4] == ends[:4] and (family != socket.AF_INET or _first_words(found) == _first_words(ends))
-    return int(uid) if is_same and state != _LISTEN and inode else None
+    return int(uid) if found in (ends, _mapped(ends)) and state != _LISTEN and inode else None
 
 
-def _first_words(ends: bytes) -> tuple[bytes, bytes]:
-    return ends[4:8], ends[20:24]
+def _mapped(ends: bytes) -> bytes:
+    """The same two IPv4 ends as a socket made for IPv6 has them."""
+    prefix = bytes(10) + b"\xff\xff"
+    return ends[:4] + prefix + ends[4:8] + prefix + ends[20:24]
 
 
 def _search_proc(own: Address, peer: Address) -> int | None:
@@ -121,11 +122,8 @@ def _spell(address: Address) -> str:
     return "".join(f"{word:08X}" for word in words) + f":{address[1]:04X}"
 
 
-def _is_mapped(uid: int) -> bool:
-    """False when `uid` may stand for somebody whom this user namespace has no number for: then it names nobody in particular."""
-    try:
-        with open("/proc/self/uid_map", encoding="ascii") as uid_map, open("/proc/sys/kernel/overflowuid", encoding="ascii") as overflow:
-            is_complete = uid_map.read().split() == ["0", "0", "4294967295"]
-            return is_complete or uid != int(overflow.read())
-    except OSError:
-        return sys.platform == "linux"
+@cache
+def _ambiguous_uid() -> int | None:
+    """The uid shown for everybody whom this user namespace has no number for. It names nobody; None where all have a number."""
+    with open("/proc/self/uid_map", encoding="ascii") as uid_map, open("/proc/sys/kernel/overflowuid", encoding="ascii") as overflow:
+        return None if uid_map.read().split() == ["0", "0", "4294967295"] else int(overflow.read())

@@ -1,0 +1,126 @@
+"""Who may call: an API key, or a process of the server's own user on this machine. It authenticates; tenants own what they own below.
+
+A request that carries a key is judged by the key alone. Without one it must come straight from a local process of the
+same user, as the kernel says, and must not be the work of a web page or a proxy: those are local too.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+from asyncio import BaseTransport
+from collections.abc import Awaitable, Callable
+from weakref import WeakKeyDictionary
+
+from aiohttp import web
+
+from ash import peer
+from ash.config import Config
+from ash.errors import Unauthorized
+from ash.keys import Keys
+from ash.models import DEFAULT_TENANT
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+TENANT: web.RequestKey[str] = web.RequestKey("tenant", str)
+GUARD: web.AppKey[Guard] = web.AppKey("guard")
+PUBLIC_PATHS = frozenset({"/health"})
+
+_LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+_PROXY_HEADERS = ("Forwarded", "Via", "X-Real-IP", "X-Client-IP", "True-Client-IP", "CF-Connecting-IP")
+
+
+class Guard:
+    """Names the tenant a request speaks for, or refuses it."""
+
+    def __init__(self, config: Config, keys: Keys) -> None:
+        self._keys = keys
+        self._static_key = config.api_key.reveal().encode() if config.api_key else b""
+        self.trusts_local = config.auth == "local" and (config.host == "localhost" or peer.is_loopback(config.host))
+        self._users = {0, os.geteuid()}
+        self._is_own_user: WeakKeyDictionary[BaseTransport, bool] = WeakKeyDictionary()
+
+    async def check(self, request: web.Request) -> str:
+        """The tenant. Raises Unauthorized."""
+        header = request.headers.get("Authorization")
+        if header is not None:
+            return await self._check_key(header)
+        reason = self._why_not_local(request)
+        if reason is None:
+            return DEFAULT_TENANT
+        error = Unauthorized("Missing Authorization header")
+        error.hint = f"{reason}; send `Authorization: Bearer <API key>`"
+        raise error
+
+    async def _check_key(self, header: str) -> str:
+        scheme, _, key = header.partition(" ")
+        if scheme.lower() != "bearer" or not key or " " in key:
+            raise Unauthorized("Invalid Authorization header format")
+        if self._static_key and hmac.compare_digest(key.encode(errors="replace"), self._static_key):
+            return DEFAULT_TENANT
+        found = await self._keys.check(key)
+        if found is None:
+            raise Unauthorized("Invalid API key")
+        return found.tenant_id
+
+    def _why_not_local(self, request: web.Request) -> str | None:
+        """Why a request without a key is not trusted; None when it is."""
+        if not self.trusts_local:
+            return "This server asks every caller for a key"
+        suspicion = _suspicion(request)
+        if suspicion is not None:
+            return suspicion
+        if not self._is_from_own_user(request):
+            return "Only the server's own user and root, on this machine, need no key"
+        return None
+
+    def _is_from_own_user(self, request: web.Request) -> bool:
+        """Whether the connection's other end belongs to one of ours. Asked once a connection: its ends never change."""
+        transport = request.transport
+        if transport is None:
+            return False
+        if transport not in self._is_own_user:
+            own, other = transport.get_extra_info("sockname"), transport.get_extra_info("peername")
+            are_local = bool(own and other) and peer.is_loopback(own[0]) and peer.is_loopback(other[0])
+            self._is_own_user[transport] = are_local and peer.find_uid(own[:2], other[:2]) in self._users
+        return self._is_own_user[transport]
+
+
+def is_direct(request: web.Request) -> bool:
+    """Whether a request comes from this very machine without a proxy in between, whoever sends it."""
+    name = request.transport.get_extra_info("peername") if request.transport is not None else None
+    return bool(name) and peer.is_loopback(name[0]) and not _has_proxy_header(request)
+
+
+def _has_proxy_header(request: web.Request) -> bool:
+    headers = request.headers
+    return any(name in headers for name in _PROXY_HEADERS) or any(name.lower().startswith("x-forwarded") for name in headers)
+
+
+def _suspicion(request: web.Request) -> str | None:
+    """What shows that a local connection may carry somebody else's request; None when nothing does."""
+    headers = request.headers
+    hosts = headers.getall("Host", [])
+    if len(hosts) != 1 or not _is_local_host(hosts[0]):
+        return "The Host header does not name this machine as localhost, 127.0.0.1 or [::1]"
+    if _has_proxy_header(request):
+        return "The request came through a proxy"
+    if any(origin != f"http://{hosts[0]}" for origin in headers.getall("Origin", [])):
+        return "The request comes from a web page of another origin"
+    if headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        return "The request comes from a web page of another site"
+    return None
+
+
+def _is_local_host(host: str) -> bool:
+    name, colon, port = host.rpartition(":") if not host.endswith("]") else (host, "", "")
+    name = name if colon else host
+    return name.lower() in _LOCAL_HOSTS and (not colon or port.isascii() and port.isdigit())
+
+
+@web.middleware
+async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every path needs a caller with a name, known or not; only PUBLIC_PATHS do not."""
+    if request.path not in PUBLIC_PATHS:
+        request[TENANT] = await request.app[GUARD].check(request)
+    return await handler(request)

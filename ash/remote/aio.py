@@ -1,0 +1,106 @@
+"""One asyncio HTTP connection for one request, the twin of `connection`. A cancelled request closes its socket at once."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, TypeVar
+
+from ash.remote.calls import Call
+from ash.remote.folder import Upload
+from ash.remote.http1 import BrokenResponse, CannotConnect, Head, ResponseParser
+from ash.remote.server import Server, answer
+
+T = TypeVar("T")
+_RECEIVE = 64 * 1024
+
+
+class AsyncConnection:
+    """Opened by `connect`. Raises OSError (CannotConnect, BrokenResponse, TimeoutError, …) and nothing else."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, timeout: float) -> None:
+        self._reader, self._writer = reader, writer
+        self._parser = ResponseParser()
+        self._early = b""
+        self.timeout = timeout
+
+    async def send(self, head: bytes, body: bytes | Upload | None) -> None:
+        try:
+            self._writer.write(head + (body if isinstance(body, bytes) else b""))
+            if isinstance(body, Upload):
+                pieces = body.pieces()
+                while piece := await asyncio.to_thread(next, pieces, b""):
+                    self._writer.write(piece)
+                    await asyncio.wait_for(self._writer.drain(), self.timeout)
+            await asyncio.wait_for(self._writer.drain(), self.timeout)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the server may have answered and closed before it read all of it; that answer says why
+
+    async def read_head(self) -> Head:
+        while self._parser.head is None:
+            self._early += await self._receive()
+        return self._parser.head
+
+    async def read(self) -> bytes:
+        """Some bytes of the body, as soon as there are any; empty at its end."""
+        body, self._early = self._early, b""
+        while not body and not self._parser.is_complete:
+            body = await self._receive()
+        return body
+
+    async def read_all(self) -> bytes:
+        body = bytearray()
+        while piece := await self.read():
+            body += piece
+        return bytes(body)
+
+    async def _receive(self) -> bytes:
+        data = await asyncio.wait_for(self._reader.read(_RECEIVE), self.timeout)
+        if not data:
+            self._parser.end()
+            return b""
+        return self._parser.feed(data)
+
+    def close(self) -> None:
+        self._writer.transport.abort()
+
+
+async def connect(server: Server, timeout: float) -> AsyncConnection:
+    try:
+        opening = asyncio.open_connection(server.host, server.port, ssl=server.tls())
+        reader, writer = await asyncio.wait_for(opening, timeout)
+    except OSError as error:
+        raise CannotConnect(str(error.strerror or error)) from _cause(error)
+    return AsyncConnection(reader, writer, timeout)
+
+
+def _cause(error: OSError) -> OSError:
+    """asyncio joins the refusals of several addresses into one OSError; it is a refusal all the same."""
+    return ConnectionRefusedError(*error.args) if "Connect call failed" in str(error) and "[Errno 111]" in str(error) else error
+
+
+async def exchange(server: Server, call: Call[T]) -> T:
+    """Send `call` and read its answer. Raises OSError for the connection, AshError for what the server answers."""
+    connection = await connect(server, server.timeout + call.timeout)
+    try:
+        await connection.send(server.head(call), call.body)
+        head = await connection.read_head()
+        result: Any = answer(call, head, await connection.read_all())
+    finally:
+        connection.close()
+    return result  # type: ignore[no-any-return]
+
+
+async def open_stream(server: Server, call: Call[None]) -> AsyncConnection:
+    """The connection of an event stream, at the first byte of its body."""
+    connection = await connect(server, server.timeout)
+    try:
+        await connection.send(server.head(call), call.body)
+        head = await connection.read_head()
+        if head.status != 200 or not head.headers.get("content-type", "").startswith("text/event-stream"):
+            answer(call, head, await connection.read_all())
+            raise BrokenResponse(f"{server.url} did not answer with a stream of events; is this address an Ash server?")
+        connection.timeout = server.stream_timeout
+    except BaseException:
+        connection.close()
+        raise
+    return connection

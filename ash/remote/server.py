@@ -1,0 +1,124 @@
+"""Which server, with which key: addresses, the head of each request, and errors in words. Opens no connection."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ash import __version__
+from ash.errors import AshError, ConnectionFailed, InvalidRequest, RateLimited, Timeout, error_for
+from ash.remote.calls import Call
+from ash.remote.folder import Upload
+from ash.remote.http1 import BrokenResponse, Head, request_head
+
+if TYPE_CHECKING:
+    import ssl
+
+
+class Server(NamedTuple):
+    """Where requests go, and how long one may take. `prefix` is the path that a proxy serves the API under."""
+
+    url: str
+    scheme: str
+    host: str
+    port: int
+    prefix: str
+    api_key: str | None
+    timeout: float
+    stream_timeout: float
+    ssl_context: ssl.SSLContext | None = None
+
+    def __repr__(self) -> str:
+        return f"Server({self.url!r})"
+
+    def head(self, call: Call[Any]) -> bytes:
+        """The bytes that open `call`."""
+        default = 443 if self.scheme == "https" else 80
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        headers = {
+            "Host": host if self.port == default else f"{host}:{self.port}",
+            "User-Agent": f"ash/{__version__}",
+            "Accept": "application/json",
+            "Connection": "close",
+            **call.headers,
+        }
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        if call.body is not None:
+            headers["Content-Type"] = "application/json"
+            headers["Content-Length"] = str(call.body.size if isinstance(call.body, Upload) else len(call.body))
+        return request_head(call.method, self.prefix + call.path, headers)
+
+    def tls(self) -> ssl.SSLContext | None:
+        if self.scheme != "https":
+            return None
+        import ssl
+
+        return self.ssl_context or ssl.create_default_context()
+
+
+def parse_server(
+    url: str, api_key: str | None, timeout: float, stream_timeout: float, ssl_context: ssl.SSLContext | None
+) -> Server:
+    """Raises InvalidRequest for an address that is not an http or https URL."""
+    from urllib.parse import urlsplit
+
+    try:
+        parts = urlsplit(url.strip())
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise InvalidRequest(f"the server address {url!r} is not a URL: {error}") from error
+    if parts.scheme not in ("http", "https") or not host:
+        raise InvalidRequest(f"the server address {url!r} must look like http://localhost:4100")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise InvalidRequest("the server address must not hold a user, a query or a fragment; give the key as api_key")
+    port = port or (443 if parts.scheme == "https" else 80)
+    prefix = parts.path.rstrip("/")
+    key = api_key.strip() if api_key else None
+    return Server(url.strip().rstrip("/"), parts.scheme, host, port, prefix, key, timeout, stream_timeout, ssl_context)
+
+
+def refusal(call: Call[Any], head: Head, body: bytes) -> AshError:
+    """The error for an answer that is not a success."""
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        answer = None
+    answer = answer if isinstance(answer, dict) else {}
+    detail = answer.get("error") or answer.get("message")
+    if isinstance(detail, dict):
+        detail = detail.get("message")
+    message = str(detail or _unexplained(head, body))
+    code = answer.get("code")
+    error = error_for(head.status, code if isinstance(code, str) else None, message)
+    if isinstance(error, RateLimited) and head.headers.get("retry-after"):
+        error.message += f" (try again in {head.headers['retry-after']} s)"
+        error.args = (error.message,)
+    return error
+
+
+def _unexplained(head: Head, body: bytes) -> str:
+    if 300 <= head.status < 400:
+        return f"the server redirects to {head.headers.get('location', 'another address')}; use that address instead"
+    text = body[:200].decode("utf-8", "replace").strip()
+    return f"HTTP {head.status} {head.reason}".strip() + (f": {text}" if text and text.isprintable() else "")
+
+
+def answer(call: Call[Any], head: Head, body: bytes) -> Any:
+    """What `call` returns for this response; raises the error it stands for."""
+    if not 200 <= head.status < 300:
+        raise refusal(call, head, body)
+    try:
+        value = json.loads(body) if body.strip() else {}
+    except ValueError as error:
+        raise BrokenResponse(f"the answer to {call.method} {call.path} is not JSON; is this address an Ash server?") from error
+    return call.parse(value)
+
+
+def failure(server: Server, error: OSError) -> AshError:
+    """A lost or impossible connection, in words that say what to do."""
+    if isinstance(error.__cause__, ConnectionRefusedError):
+        return ConnectionFailed(f"no server answers at {server.url}; start one with `ash start`, or give the address of another")
+    if isinstance(error, TimeoutError):
+        return Timeout(f"{server.url} did not answer in time")
+    return ConnectionFailed(f"{server.url}: {error}")
