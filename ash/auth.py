@@ -115,7 +115,7 @@ def _suspicion(request: web.Request) -> str | None:
 def _is_local_host(host: str) -> bool:
     name, colon, port = host.rpartition(":") if not host.endswith("]") else (host, "", "")
     name = name if colon else host
-    return name.lower() in _LOCAL_HOSTS and (not colon or port.isascii() and port.isdigit())
+    return name.lower() in _LOCAL_HOSTS and (not colon or (port.isascii() and port.isdigit()))
 
 
 @web.middleware

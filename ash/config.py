@@ -171,6 +171,11 @@ def child_environ(names: tuple[str, ...], extra: Mapping[str, str] | None = None
     return {**kept, **(extra or {})}
 
 
+def server_environ(extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a server that the command line starts: its own, where the server's settings are, then `extra`."""
+    return {**os.environ, **extra}
+
+
 def markdown() -> str:
     """The table of docs/settings.md."""
     lines = ["| flag | variable | default | what it does |", "|---|---|---|---|"]

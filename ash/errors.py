@@ -16,12 +16,14 @@ AshError
 ├── SandboxFailed           500  a sandbox did not start, died or broke the protocol
 ├── StoreFailed             500  the database cannot be used: disk full, locked, damaged, too new
 ├── UpstreamError           502  the model provider refused or failed
-│   └── ModelRefused             its error as the Messages API words it: status, kind, headers
+│   ├── ModelRefused             its error as the Messages API words it: status, kind, headers
+│   └── StreamBroken             its answer ended in the middle
 ├── CapacityReached         503
 │   └── IsolationUnavailable     this host cannot isolate agents
 ├── Timeout                 504
 ├── ConfigError                  a setting is unknown or malformed; the start stops
 ├── ProtocolError                a bridge line that breaks the rules; ends that sandbox only
+├── TurnFailed                   the client's: a turn ended in an error
 └── ConnectionFailed             the client could not reach the server
 """
 
@@ -111,6 +113,10 @@ class ModelRefused(UpstreamError):
         self.status, self.kind, self.headers = status, kind, headers or {}
 
 
+class StreamBroken(UpstreamError):
+    code = "stream_broken"
+
+
 class CapacityReached(AshError):
     code, status = "capacity_reached", 503
 
@@ -129,6 +135,10 @@ class ConfigError(AshError):
 
 class ProtocolError(AshError):
     code = "protocol_error"
+
+
+class TurnFailed(AshError):
+    code = "turn_failed"
 
 
 class ConnectionFailed(AshError):

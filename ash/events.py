@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Self
 
 from ash import models
 from ash.errors import StoreFailed
@@ -87,7 +88,7 @@ class EventLog:
         self._is_followed = True
         self._channels: dict[str, _Channel] = {}
 
-    async def __aenter__(self) -> EventLog:
+    async def __aenter__(self) -> Self:
         self._is_open = True
         _ = self._tasks.start(self._commit_forever(), "event log", lambda error: self._stop())
         return self
@@ -123,6 +124,7 @@ class EventLog:
         while self._is_open or self._pending:
             if self._pending:
                 await self._commit(self._take())
+                self._in_flight = []
             else:
                 self._has_work.clear()
                 await self._has_work.wait()
@@ -171,7 +173,7 @@ class EventLog:
     async def read(self, session_id: str, *, after: int = 0, limit: int = 1000, types: Sequence[str] | None = None) -> list[Event]:
         return await self._store.read_events(session_id, after=after, limit=limit, types=types)
 
-    async def follow(self, session_id: str, after: int, *, types: Collection[str] | None = None) -> AsyncIterator[list[Event]]:
+    async def follow(self, session_id: str, after: int, *, types: Collection[str] | None = None) -> AsyncGenerator[list[Event], None]:
         """The events after `after`, then each new one as it is committed, in order, without a gap or a repeat.
 
         Ends when followers are closed. Whoever stops earlier calls `aclose()` (contextlib.aclosing).

@@ -104,11 +104,24 @@ def decode_event(line: bytes) -> dict[str, Any]:
     return message
 
 
+def _refuse(text: str) -> float:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if abs(number) != float("inf") else _refuse(text)
+
+
+# Strict JSON: what Python would take beyond it (NaN, Infinity, 1e999) could not be sent on to others.
+_DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
+
+
 def _parse(line: bytes) -> dict[str, Any]:
     if len(line) > MAX_LINE_BYTES:
         raise ProtocolError(f"a line of {len(line)} bytes; the limit is {MAX_LINE_BYTES}")
     try:
-        message = json.loads(line)
+        message = _DECODER.decode(line.decode("ascii"))
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"a line that is not JSON: {line[:80]!r}") from error
     if not isinstance(message, dict):

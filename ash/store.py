@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequen
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from importlib import resources
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import aiosqlite
 
@@ -114,11 +114,13 @@ async def _uninterrupted(work: Coroutine[Any, Any, _T]) -> _T:
 
 def _dump(value: object) -> str:
     """JSON as it is stored. Half surrogate pairs, which a hostile writer can send, stay escaped: UTF-8 cannot hold them."""
-    text = models.dump(value)
     try:
+        text = models.dump(value)
         text.encode()
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the data cannot be stored as JSON: {error}") from error
     return text
 
 
@@ -147,7 +149,7 @@ class Store:
         self._level = ""
         self._stack = AsyncExitStack()
 
-    async def __aenter__(self) -> Store:
+    async def __aenter__(self) -> Self:
         if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
             raise StoreFailed(f"this Python has SQLite {sqlite3.sqlite_version}; Ash needs 3.35 or newer: use another Python")
         async with AsyncExitStack() as stack:

@@ -35,6 +35,7 @@ class ActiveTurn:
         self.interrupted = False
         self.sandbox: Sandbox | None = None  # the one that was asked to run it
         self.error: str | None = None
+        self.overdue: str | None = None  # why the server ended it
         self.last_sign = time.monotonic()
         self.ended = asyncio.Event()
 
@@ -94,9 +95,11 @@ class LiveSession:
             return
         if turn.interrupted and status == "failed":
             status = "interrupted"
+        elif turn.overdue is not None and status == "interrupted":
+            status, turn.error = "failed", turn.overdue  # nobody asked for it but the server
         events = [NewEvent(models.TURN_ENDED, {"turnId": turn.id, "status": status})]
         if status == "failed":
-            events.insert(0, NewEvent(models.TURN_FAILED, {"error": turn.error or error or "the turn failed"}))
+            events.insert(0, NewEvent(models.TURN_FAILED, {"error": turn.error or turn.overdue or error or "the turn failed"}))
         # The place is free before the event can be seen: a client that reads `done` may send its next message at once.
         # Nothing is awaited in between, so the next turn's first event comes behind this one in the log.
         self.turn = None
@@ -143,10 +146,10 @@ class LiveSession:
     async def _check_overdue(self, turn: ActiveTurn, deadline: float, hang_timeout: float) -> None:
         moment = time.monotonic()
         if moment >= deadline:
-            turn.error = "the turn took longer than the server allows (turn_timeout) and was ended"
+            turn.overdue = "the turn took longer than the server allows (turn_timeout) and was ended"
             await self.break_off(turn, "failed")
         elif moment >= turn.last_sign + hang_timeout:
-            turn.error = f"the agent's process gave no sign of life for {hang_timeout:g} seconds and was ended"
+            turn.overdue = f"the agent's process gave no sign of life for {hang_timeout:g} seconds and was ended"
             await self.break_off(turn, "failed", grace=0)
 
     async def interrupt(self, turn: ActiveTurn) -> None:

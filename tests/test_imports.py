@@ -14,13 +14,13 @@ import ash
 ROOT = Path(ash.__file__).parent
 
 LEAVES = {"errors", "config", "models", "dialect", "protocol", "sse", "tasks"}
-EDGES = {"store", "sql", "sandbox", "isolation", "bridge", "runtime", "client"}
+EDGES = {"store", "sql", "sandbox", "isolation", "bridge", "runtime", "client", "remote"}
 CORE = {"agents", "sessions", "turns", "events", "gateway", "providers", "offline", "keys"}
 FRONT = {"web", "routes", "peer", "auth"}
 ENTRY = {"__main__", "cli", "cache"}
 
 # A package and its front door may see each other; beyond that an edge sees only leaves.
-NEIGHBOURS = {"sandbox": {"isolation"}, "isolation": {"sandbox"}, "bridge": {"runtime"}, "runtime": {"bridge"}, "store": {"sql"}}
+NEIGHBOURS = {"sandbox": {"isolation"}, "isolation": {"sandbox"}, "bridge": {"runtime"}, "runtime": {"bridge"}, "store": {"sql"}, "client": {"remote"}}
 ALLOWED = {
     **dict.fromkeys(LEAVES, LEAVES),
     **{name: LEAVES | NEIGHBOURS.get(name, set()) for name in EDGES},

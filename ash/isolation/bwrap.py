@@ -98,7 +98,9 @@ def session_arguments(mounts: Mounts, bundle: str) -> list[str]:
     ]  # fmt: skip
 
 
-def wrap(bwrap: str, system: System, command: Sequence[str], *, session: Sequence[str] = (), tmp_mb: int = 64, info_fd: int = -1) -> list[str]:
+def wrap(
+    bwrap: str, system: System, command: Sequence[str], *, session: Sequence[str] = (), tmp_mb: int = 64, info_fd: int = -1
+) -> list[str]:
     """The whole command line: `command` inside bubblewrap."""
     arguments = [bwrap, *namespace_arguments(), *root_arguments(system, tmp_mb * MIB), *session, "--remount-ro", "/"]
     for name, value in ENVIRONMENT.items():

@@ -94,7 +94,7 @@ class CgroupTree:
     def _set(self, path: str, value: str) -> None:
         try:
             _write(path, value)
-        except FileNotFoundError:
+        except OSError:
             # Swap accounting and oom.group do not exist on every kernel; the limits proper always do.
             if os.path.basename(path) not in ("memory.swap.max", "memory.oom.group"):
                 raise
@@ -155,6 +155,6 @@ def _read(path: str) -> str:
 
 
 def _write(path: str, text: str) -> None:
-    """One write(2), never creating the file on a real tree: the kernel reports what it refuses right here."""
+    """One write(2): the kernel refuses or obeys as a whole."""
     with open(path, "w", encoding="ascii") as file:
         file.write(text)

@@ -68,7 +68,8 @@ def launch_prefix(stage: Stage | None, uid: int | None, cgroup: str | None) -> l
 def pick_place(sources: Sequence[str], places: Sequence[str] = PLACES) -> str:
     """A place that hides none of the sources and none of the interpreters. Raises SandboxFailed."""
     for place in places:
-        if os.path.isdir(place) and not os.path.islink(place) and not any(path == place or path.startswith(place + "/") for path in sources):
+        hides = any(path == place or path.startswith(place + "/") for path in sources)
+        if os.path.isdir(place) and not os.path.islink(place) and not hides:
             return place
     raise SandboxFailed(f"none of {', '.join(places)} can be used to prepare sandboxes; move the data folder out of them")
 
@@ -84,7 +85,7 @@ async def open_stage(sources: Mapping[str, str]) -> Stage:
         "unshare", "--mount", "--propagation", "slave", "/bin/sh", "-c", _PREPARE, "sh", place, *pairs,
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=OUTER_ENVIRONMENT,
     )  # fmt: skip
-    assert process.stdin and process.stdout and process.stderr
+    assert process.stdout is not None
     fd = -1
     try:
         async with asyncio.timeout(10):

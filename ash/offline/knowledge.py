@@ -131,8 +131,8 @@ const s = first(["a", "b"]);   // string | undefined
         "interfaces and type aliases",
         r"\binterfaces?\b.*\btypes?\b|\btypes?\b.*\binterfaces?\b",
         """
-In TypeScript both name a shape. An `interface` describes objects, can be extended and can be declared again to add to it; a `type` alias can \
-name anything, unions and tuples included, but only once. Use `interface` for public object shapes, `type` for everything else.
+In TypeScript both name a shape. An `interface` describes objects, can be extended and can be declared again to add to it; a `type` alias \
+can name anything, unions and tuples included, but only once. Use `interface` for public object shapes, `type` for everything else.
 """,
         """
 ```typescript

@@ -34,7 +34,8 @@ _QUOTED = re.compile(r"```.*?```|`[^`\n]+`|\"[^\"\n]*\"|(?<!\w)'[^'\n]*'(?!\w)",
 _PATH = r"(?:`[^`]+`|\"[^\"]+\"|'[^']+'|[\w~@+./-]*(?:\.\w[\w-]*|/[\w.@+-]*)|Makefile|Dockerfile|README|LICENSE|CHANGELOG)"
 _FILE = r"(?:an?\s+|the\s+|my\s+)?(?:new\s+|text\s+)*(?:file\s+)?(?:called\s+|named\s+)?"
 _POLITE = re.compile(
-    r"^(?:(?:\d+[.)]|[-*])\s+)?(?:(?:please|now|first|next|finally|also|ok|okay|so|(?:can|could|would|will) you|i want you to|i would like you to|i'd like you to|let's|"
+    r"^(?:(?:\d+[.)]|[-*])\s+)?(?:(?:please|now|first|next|finally|also|ok|okay|so|(?:can|could|would|will) you|i want you to|"
+    r"i would like you to|i'd like you to|let's|"
     r"(?:use|using|with) (?:the )?bash(?: tool)?(?: to)?)[\s,:]+)*",
     re.IGNORECASE,
 )
@@ -45,14 +46,16 @@ _AND = re.compile(r"\s*,?\s+and\s+(?:also\s+)?|,\s+", re.IGNORECASE)
 _REPORT = re.compile(r"(?:tell|show|give|explain|summari[sz]e|report|describe|say|let)\b", re.IGNORECASE)
 _SHELL_WORD = re.compile(r"(?:ls|pwd|whoami|id|date|uname|env|ps|df|hostname|git|python3?|node|npm|echo|make)\b(?=$|\s+-|\s+\w+$)")
 _LANGUAGES = {
-    "python": "py", "javascript": "js", "typescript": "ts", "markdown": "md", "text": "txt", "json": "json", "html": "html", "css": "css", "yaml": "yaml",
+    "python": "py", "javascript": "js", "typescript": "ts", "markdown": "md", "text": "txt", "json": "json", "html": "html", "css": "css",
+    "yaml": "yaml",
 }  # fmt: skip
+_LONGEST = 10_000  # the patterns are no match for a novel
 _HERE = {"", ".", "here", "current", "this", "workspace", "working", "folder", "directory", "there"}
 
 
 def plan(text: str, offered: Collection[str], cwd: str = "") -> Plan:
     """The steps that `text` asks for, as far as the tools `offered` allow; no steps when it asks for none."""
-    steps = _steps(text, cwd)
+    steps = _steps(text, cwd) if len(text) <= _LONGEST else []
     if not steps:
         return Plan([], [])
     possible = [[_with_offered(call, offered) for call in step] for step in steps]
@@ -161,8 +164,12 @@ def bash(command: str, description: str) -> list[Step]:
 
 
 def _run(found: dict[str, str], cwd: str, path: str) -> list[Step]:
-    quoted = re.search(r"```(?:\w+\n)?(.+?)```|`([^`]+)`", found["command"], re.DOTALL)
-    command = next(part for part in quoted.groups() if part) if quoted else re.sub(r"\s+and\s+(?:tell|show|explain|report)\b.*", "", found["command"])
+    command = found["command"]
+    quoted = re.search(r"```(?:\w+\n)?(.+?)```|`([^`]+)`", command, re.DOTALL)
+    if quoted:
+        command = quoted.group(1) or quoted.group(2)
+    else:
+        command = re.sub(r"\s+and\s+(?:tell|show|explain|report)\b.*", "", command, flags=re.DOTALL)
     return bash(_unquote(command), "Run the command that was asked for")
 
 
@@ -208,9 +215,10 @@ def _grep(found: dict[str, str], cwd: str, path: str) -> list[Step]:
 
 
 def _todo(found: dict[str, str], cwd: str, path: str) -> list[Step]:
-    items = [re.sub(r"^(?:\d+[.)]|[-*])\s+", "", item.strip()) for item in re.split(r"\n|;|,\s+(?:and\s+)?", found["items"]) if item.strip()]
+    items = [re.sub(r"^(?:\d+[.)]|[-*])\s+", "", item.strip()) for item in re.split(r"\n|;|,\s+(?:and\s+)?", found["items"])]
     todos = [
-        {"content": item, "status": "pending" if index else "in_progress", "activeForm": f"Working on: {item}"} for index, item in enumerate(items)
+        {"content": item, "status": "pending" if index else "in_progress", "activeForm": f"Working on: {item}"}
+        for index, item in enumerate(item for item in items if item)
     ]
     return [[Call("TodoWrite", {"todos": todos})]]
 
@@ -261,11 +269,12 @@ _PATTERNS: list[tuple[re.Pattern[str], Callable[[dict[str, str], str, str], list
     ),
     (_pattern(r"(?:delete|remove) (?:the )?(?:file )?(?P<path>{PATH})"), _delete),
     (_pattern(r"(?:read|cat|open|show|print|display)(?: me)? it(?: back| again| to me)*"), _read_again),
-    (_pattern(r"(?:list|show|what)(?: me)?(?: are)?(?: all)?(?: the| my)? (?:files|folders|directory)(?: are| is)?(?: there| here)?" + _IN), _list),
+    (_pattern(r"(?:list|show|what)(?: me)?(?: are)?(?: all)?(?: the| my)? (?:files|folders)(?: there| here)?" + _IN), _list),
     (_pattern(r"(?:what|which) (?:files|folders) (?:do (?:i|we|you) have|are there|exist)" + _IN), _list),
     (
         _pattern(
-            r"(?:read|cat|open|show|print|display|view)(?: me)?(?: the)?(?: contents? of)? {FILE}(?P<path>{PATH})(?: (?:file|back|to me|again))?"
+            r"(?:read|cat|open|show|print|display|view)(?: me)?(?: the)?(?: contents? of)? {FILE}(?P<path>{PATH})"
+            r"(?: (?:file|back|to me|again))?"
         ),
         _read,
     ),
@@ -291,9 +300,7 @@ _PATTERNS: list[tuple[re.Pattern[str], Callable[[dict[str, str], str, str], list
     (_pattern(r"(?:make |write |create )?(?:me )?(?:an? |my )?(?:todos?|to-dos?)(?: list)?(?: with| of| for)?\s*:\s*(?P<items>.+)"), _todo),
     (_pattern(r"(?:make|write|create) (?:me )?(?:an? |my )?(?:todo|to-do) list (?:with|of|for) (?P<items>.+)"), _todo),
     (
-        _pattern(
-            r"(?:run|execute|exec)(?: the)?(?: following)?(?: (?:shell|bash))?(?: command| commands| script)?\s*:?\s*(?P<command>.+)"
-        ),
+        _pattern(r"(?:run|execute|exec)(?: the)?(?: following)?(?: (?:shell|bash))?(?: command| commands| script)?\s*:?\s*(?P<command>.+)"),
         _run,
     ),
     (_pattern(r"(?:bash|shell|\$|!)\s*:?\s*(?P<command>.+)"), _run),

@@ -11,11 +11,12 @@ from typing import Any
 from ash.errors import ModelRefused
 from ash.models import Json
 
-_FIELDS = frozenset(
-    "billing_policy cache_control compaction container context_management diagnostics fallback_credit_token fallbacks inference_geo max_tokens "
-    "mcp_servers messages metadata model output_config output_format service_tier speed stop_sequences stream system temperature thinking thread "
-    "tool_choice tools top_k top_p user_profile_id".split()
-)
+_FIELDS = frozenset({
+    "billing_policy", "cache_control", "compaction", "container", "context_management", "diagnostics", "fallback_credit_token",
+    "fallbacks", "inference_geo", "max_tokens", "mcp_servers", "messages", "metadata", "model", "output_config", "output_format",
+    "service_tier", "speed", "stop_sequences", "stream", "system", "temperature", "thinking", "thread", "tool_choice", "tools",
+    "top_k", "top_p", "user_profile_id",
+})  # fmt: skip
 _USER_BLOCKS = frozenset({"text", "image", "document", "search_result", "tool_result", "container_upload"})
 _ASSISTANT_BLOCKS = frozenset({"text", "thinking", "redacted_thinking", "tool_use", "server_tool_use", "compaction"})
 _REQUIRED = {
@@ -196,9 +197,9 @@ def _tool_name(tool: Any, where: str) -> str:
     if not isinstance(tool, dict):
         raise invalid(f"{where}: Input should be an object")
     is_custom = tool.get("type") in (None, "custom")
-    for name in ("name", "input_schema") if is_custom else ():
-        if name not in tool:
-            raise invalid(f"{where}.custom.{name}: Field required")
+    for field in ("name", "input_schema") if is_custom else ():
+        if field not in tool:
+            raise invalid(f"{where}.custom.{field}: Field required")
     name = tool.get("name", tool.get("type"))
     if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
         raise invalid(f"{where}.custom.name: String should match pattern '^[a-zA-Z0-9_-]{{1,128}}$'")

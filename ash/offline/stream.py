@@ -24,7 +24,7 @@ class Answer(NamedTuple):
 
     blocks: list[Json]
     stop_reason: str | None = None
-    usage: Json = {}
+    usage: Json = {}  # noqa: RUF012 - never changed in place
     delay: float = 0.0
     delta_delay: float = 0.0
     chunk: int | None = None
@@ -44,12 +44,17 @@ class _Draft(NamedTuple):
     stop_reason: str
     stop_sequence: str | None
     output_tokens: int
+    seed: str
 
 
-def make_id(prefix: str, request: Json, salt: str = "") -> str:
-    """The same request gives the same id."""
+def fingerprint(request: Json) -> str:
+    """The same for the same request, streamed or not."""
     shown = {name: value for name, value in request.items() if name != "stream"}
-    digest = hashlib.sha256(json.dumps([shown, salt], sort_keys=True).encode()).digest()
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+
+
+def _id(prefix: str, seed: str) -> str:
+    digest = hashlib.sha256(f"{prefix}{seed}".encode()).digest()
     return prefix + "01" + "".join(_ALPHABET[byte % len(_ALPHABET)] for byte in digest[:22])
 
 
@@ -58,14 +63,14 @@ def message(request: Json, answer: Answer) -> Json:
     draft = _draft(request, answer)
     content = [{name: value for name, value in block.items() if name != "json"} for block in draft.blocks]
     usage = {**tokens.input_usage(request), "output_tokens": draft.output_tokens, "service_tier": "standard", **answer.usage}
-    return {**_envelope(request, usage), "content": content, "stop_reason": draft.stop_reason, "stop_sequence": draft.stop_sequence}
+    return {**_envelope(draft, usage), "content": content, "stop_reason": draft.stop_reason, "stop_sequence": draft.stop_sequence}
 
 
 def events(request: Json, answer: Answer) -> Iterator[Json]:
     """Every event of the stream in order; the event's name is its `type`."""
     draft = _draft(request, answer)
     usage: Json = {**tokens.input_usage(request), "output_tokens": min(1, draft.output_tokens), "service_tier": "standard", **answer.usage}
-    yield {"type": "message_start", "message": _envelope(request, usage)}
+    yield {"type": "message_start", "message": _envelope(draft, usage)}
     for index, block in enumerate(draft.blocks):
         yield {"type": "content_block_start", "index": index, "content_block": _opening(block)}
         if index == 0:
@@ -80,9 +85,9 @@ def events(request: Json, answer: Answer) -> Iterator[Json]:
     yield {"type": "message_stop"}
 
 
-def _envelope(request: Json, usage: Json) -> Json:
+def _envelope(draft: _Draft, usage: Json) -> Json:
     return {
-        "id": make_id("msg_", request),
+        "id": _id("msg_", draft.seed),
         "type": "message",
         "role": "assistant",
         "model": MODEL,
@@ -94,26 +99,25 @@ def _envelope(request: Json, usage: Json) -> Json:
 
 
 def _draft(request: Json, answer: Answer) -> _Draft:
+    seed = fingerprint(request)
+    shows_thinking = (request.get("thinking") or {}).get("display") != "omitted"
     finished, stop = _stop_at(answer.blocks, request.get("stop_sequences") or [])
-    kept, output_tokens, is_cut = _fit([_complete(request, block, index) for index, block in enumerate(finished)], request["max_tokens"])
-    if is_cut:
-        return _Draft(kept, "max_tokens", None, output_tokens)
-    if stop is not None:
-        return _Draft(kept, "stop_sequence", stop, output_tokens)
+    whole = [_complete(block, f"{seed}{index}", shows_thinking) for index, block in enumerate(finished)]
+    kept, output_tokens, is_cut = _fit(whole, request["max_tokens"])
     natural = "tool_use" if any(block["type"] == "tool_use" for block in kept) else "end_turn"
-    return _Draft(kept, answer.stop_reason or natural, None, output_tokens)
+    if is_cut or stop is not None:
+        return _Draft(kept, "max_tokens" if is_cut else "stop_sequence", None if is_cut else stop, output_tokens, seed)
+    return _Draft(kept, answer.stop_reason or natural, None, output_tokens, seed)
 
 
-def _complete(request: Json, block: Json, index: int) -> Json:
+def _complete(block: Json, seed: str, shows_thinking: bool) -> Json:
     """The block as the API words it. `json` is a tool call's input as it is streamed."""
     if block["type"] == "tool_use":
-        call_id = block.get("id") or make_id("toolu_", request, str(index))
+        call_id = block.get("id") or _id("toolu_", seed)
         text = json.dumps(block["input"])
         return {"type": "tool_use", "id": call_id, "name": block["name"], "input": block["input"], "json": text}
     if block["type"] == "thinking":
-        is_omitted = (request.get("thinking") or {}).get("display") == "omitted"
-        thought = "" if is_omitted else block["thinking"]
-        return {"type": "thinking", "thinking": thought, "signature": make_id("offline-", request, "signature")}
+        return {"type": "thinking", "thinking": block["thinking"] if shows_thinking else "", "signature": _id("offline-", seed)}
     return {"type": "text", "text": block["text"]}
 
 

@@ -13,6 +13,9 @@ from ash.remote.records import Agent, ApiKey, ExecResult, Health, Json, LogLine,
 
 T = TypeVar("T")
 Content = str | list[Any]
+_NO_HEADERS: dict[str, str] = {}
+_STREAM = {"Accept": "text/event-stream"}
+_EXEC_TIMEOUT = 30.0
 
 
 class Call(NamedTuple, Generic[T]):
@@ -23,7 +26,7 @@ class Call(NamedTuple, Generic[T]):
     parse: Callable[[Any], T]
     body: bytes | Upload | None = None
     timeout: float = 0.0
-    headers: dict[str, str] = {}
+    headers: dict[str, str] = _NO_HEADERS
 
 
 class SessionOptions(TypedDict, total=False):
@@ -203,7 +206,8 @@ def exec(
 ) -> Call[ExecResult]:
     given = {"timeout": None if timeout is None else round(timeout * 1000), "cwd": cwd, "env": env, "stdin": stdin}
     body = {"command": command, **{name: value for name, value in given.items() if value is not None}}
-    return Call("POST", _path("sessions", id, "exec"), lambda raw: read(ExecResult, raw), _json(body), timeout=30.0 if timeout is None else timeout)
+    patience = _EXEC_TIMEOUT if timeout is None else timeout
+    return Call("POST", _path("sessions", id, "exec"), lambda raw: read(ExecResult, raw), _json(body), timeout=patience)
 
 
 # Messages, events, logs
@@ -238,9 +242,6 @@ def continue_turn(id: str, after: int) -> Call[None]:
 
 def follow(id: str, after: int) -> Call[None]:
     return Call("GET", _query(_path("sessions", id, "stream"), after=after), _nothing, headers=_STREAM)
-
-
-_STREAM = {"Accept": "text/event-stream"}
 
 
 # API keys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from ash.remote.calls import Call
@@ -68,10 +69,8 @@ class Connection:
 
     def close(self) -> None:
         """Also wakes a thread that waits in `read`."""
-        try:
+        with suppress(OSError):  # the peer may have been faster
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the peer was faster
         self._socket.close()
 
 

@@ -64,7 +64,7 @@ class ResponseParser:
         if self._step == "rest":
             self.is_complete = True
         if not self.is_complete:
-            raise BrokenResponse("the connection was closed in the middle of the answer" if self.head else "the connection was closed without an answer")
+            raise BrokenResponse(f"the connection was closed {'in the middle of the' if self.head else 'without an'} answer")
 
     def _advance(self, body: bytearray) -> bool:
         if self._step == "head":

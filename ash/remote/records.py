@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from ash.errors import ProtocolError
 
 Json = dict[str, Any]
+_NOTHING: Json = {}  # the default of an object; `read` gives each record one of its own
 T = TypeVar("T")
 
 
@@ -43,11 +44,11 @@ class Agent(NamedTuple):
     name: str
     version: int
     path: str = ""
-    env: dict[str, str] = {}
-    config: Json = {}
+    env: dict[str, str] = _NOTHING
+    config: Json = _NOTHING
     created_at: str = ""
     updated_at: str = ""
-    raw: Json = {}
+    raw: Json = _NOTHING
 
     def __repr__(self) -> str:
         return _show(self)
@@ -61,13 +62,13 @@ class Session(NamedTuple):
     status: str
     agent_version: int | None = None
     model: str | None = None
-    config: Json = {}
+    config: Json = _NOTHING
     sandbox_id: str = ""
     parent_session_id: str | None = None
     turn: Json | None = None
     created_at: str = ""
     last_active_at: str = ""
-    raw: Json = {}
+    raw: Json = _NOTHING
 
     def __repr__(self) -> str:
         return _show(self)
@@ -87,7 +88,7 @@ class Message(NamedTuple):
     sequence: int
     content: Any = None
     created_at: str = ""
-    raw: Json = {}
+    raw: Json = _NOTHING
 
     def __repr__(self) -> str:
         return _show(self)
@@ -105,7 +106,7 @@ class SessionEvent(NamedTuple):
     sequence: int
     data: Any = None
     created_at: str = ""
-    raw: Json = {}
+    raw: Json = _NOTHING
 
     def __repr__(self) -> str:
         return _show(self)
@@ -119,7 +120,7 @@ class ExecResult(NamedTuple):
     stderr: str = ""
     timed_out: bool = False
     truncated: bool = False
-    raw: Json = {}
+    raw: Json = _NOTHING
 
     def __repr__(self) -> str:
         return _show(self)
@@ -128,11 +129,11 @@ class ExecResult(NamedTuple):
 class LogLine(NamedTuple):
     """One line the sandbox wrote."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     level: str
     text: str
     ts: str = ""
-    raw: Json = {}
+    raw: Json = _NOTHING
 
     def __repr__(self) -> str:
         return _show(self)
@@ -145,7 +146,7 @@ class ApiKey(NamedTuple):
     label: str = ""
     key: str = ""
     created_at: str = ""
-    raw: Json = {}
+    raw: Json = _NOTHING
 
     def __repr__(self) -> str:
         return _show(self._replace(key="***" if self.key else ""))
@@ -161,11 +162,11 @@ class Health(NamedTuple):
     uptime: float = 0
     auth: str = ""
     isolation: str = ""
-    limits: Json = {}
-    model: Json = {}
-    pool: Json = {}
+    limits: Json = _NOTHING
+    model: Json = _NOTHING
+    pool: Json = _NOTHING
     warnings: tuple[str, ...] = ()
-    raw: Json = {}
+    raw: Json = _NOTHING
 
     def __repr__(self) -> str:
         return _show(self)
@@ -260,13 +261,13 @@ class TurnResult(NamedTuple):
     text: str
     status: str
     is_error: bool = False
-    usage: Json = {}
+    usage: Json = _NOTHING
     cost_usd: float | None = None
     num_turns: int | None = None
     duration_ms: float | None = None
     turn_id: str = ""
     messages: tuple[Json, ...] = ()
-    raw: Json = {}
+    raw: Json = _NOTHING
     """The agent loop's closing `result` message; empty when the turn was cut off before it."""
 
     def __str__(self) -> str:

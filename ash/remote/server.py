@@ -57,9 +57,7 @@ class Server(NamedTuple):
         return self.ssl_context or ssl.create_default_context()
 
 
-def parse_server(
-    url: str, api_key: str | None, timeout: float, stream_timeout: float, ssl_context: ssl.SSLContext | None
-) -> Server:
+def parse_server(url: str, api_key: str | None, timeout: float, stream_timeout: float, ssl_context: ssl.SSLContext | None) -> Server:
     """Raises InvalidRequest for an address that is not an http or https URL."""
     from urllib.parse import urlsplit
 
@@ -91,9 +89,10 @@ def refusal(call: Call[Any], head: Head, body: bytes) -> AshError:
     message = str(detail or _unexplained(head, body))
     code = answer.get("code")
     error = error_for(head.status, code if isinstance(code, str) else None, message)
+    hint = answer.get("hint")
     if isinstance(error, RateLimited) and head.headers.get("retry-after"):
-        error.message += f" (try again in {head.headers['retry-after']} s)"
-        error.args = (error.message,)
+        hint = f"try again in {head.headers['retry-after']} s"
+    error.hint = hint if isinstance(hint, str) else ""
     return error
 
 

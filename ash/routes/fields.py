@@ -37,7 +37,7 @@ def text(maximum: int, minimum: int = 0, pattern: str = "") -> Check:
         if not isinstance(value, str):
             raise _wrong(name, "a string", value)
         if not minimum <= len(value) <= maximum:
-            raise InvalidRequest(f"{name} must have {f'{minimum} to' if minimum else 'at most'} {maximum:,} characters; it has {len(value):,}")
+            raise InvalidRequest(f"{name} must have {minimum:,} to {maximum:,} characters; it has {len(value):,}")
         if matches is not None and not matches(value):
             raise InvalidRequest(f"{name} must match {pattern}")
         return value
@@ -49,7 +49,7 @@ def integer(minimum: int, maximum: int | None = None) -> Check:
     wanted = f"a whole number from {minimum} to {maximum}" if maximum is not None else f"a whole number of at least {minimum}"
 
     def check(name: str, value: Any) -> Any:
-        is_whole = isinstance(value, int) and not isinstance(value, bool) or isinstance(value, float) and value.is_integer()
+        is_whole = value.is_integer() if isinstance(value, float) else isinstance(value, int) and not isinstance(value, bool)
         if not is_whole or value < minimum or (maximum is not None and value > maximum):
             raise _wrong(name, wanted, value)
         return int(value)

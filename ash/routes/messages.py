@@ -119,7 +119,7 @@ async def follow(request: web.Request) -> web.StreamResponse:
 async def list_messages(request: web.Request) -> web.Response:
     here, id, wanted = parts(request), session_id(request), query(request, _LIST)
     session = await here.sessions.get(tenant(request), id)
-    rows = await here.store.list_messages(id, after=wanted.get("after", 0), limit=wanted.get("limit", 100), types=dialect.MESSAGE_TYPES)
+    rows = await here.store.list_messages(id, after=wanted.get("after", 0), limit=wanted.get("limit", 100))
     return web.json_response({"messages": [dialect.message(event, session.tenant_id, sequence) for sequence, event in rows]})
 
 

@@ -11,7 +11,8 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
 from ash.runtime.interrupt import Interrupt
@@ -69,8 +70,9 @@ class Process:
     """A running command. `wait` collects its output in the calling thread; `stop` may be called from any thread."""
 
     def __init__(
-        self, argv: Sequence[str], env: Mapping[str, str], output: Output, errors: Output | None = None, *, stdin: bytes = b"", with_state: bool = False
-    ) -> None:
+        self, argv: list[str], env: Mapping[str, str], output: Output, errors: Output | None = None,
+        *, stdin: bytes = b"", with_state: bool = False,
+    ) -> None:  # fmt: skip
         self._lock = threading.Lock()
         self._kill_at: float | None = None
         self._is_reaped = False
@@ -80,7 +82,7 @@ class Process:
         self.pid = self._spawn(argv, env, output, errors, stdin)
         self._pidfd = _pidfd(self.pid)
 
-    def _spawn(self, argv: Sequence[str], env: Mapping[str, str], output: Output, errors: Output | None, stdin: bytes) -> int:
+    def _spawn(self, argv: list[str], env: Mapping[str, str], output: Output, errors: Output | None, stdin: bytes) -> int:
         given = _input(stdin)
         out_read, out_write = os.pipe()
         err_read, err_write = os.pipe() if errors is not None else (out_read, out_write)
@@ -195,8 +197,8 @@ def end_all() -> None:
             _signal_group(group, signal.SIGKILL)
 
 
-def _posix_spawn(argv: Sequence[str], env: Mapping[str, str], actions: list[tuple[int, int, int]]) -> int:
-    defaults = [signal.SIGPIPE, signal.SIGXFSZ]  # Python ignores both, and that is inherited
+def _posix_spawn(argv: list[str], env: Mapping[str, str], actions: list[tuple[int, int, int]]) -> int:
+    defaults = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT]  # ignored here, which would be inherited
     with _groups_lock:
         try:
             pid = os.posix_spawn(argv[0], argv, env, file_actions=actions, setsid=True, setsigdef=defaults)
@@ -207,10 +209,8 @@ def _posix_spawn(argv: Sequence[str], env: Mapping[str, str], actions: list[tupl
 
 
 def _signal_group(group: int, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError, PermissionError):  # already gone, or a program that changed its user
         os.killpg(group, number)
-    except (ProcessLookupError, PermissionError):
-        pass  # already gone, or a program that changed its user
 
 
 def _discard(descriptors: list[int], group: int) -> None:

@@ -52,10 +52,7 @@ class Shell:
         argv = [find_shell(), "-c", _WITH_STATE, "bash", command, self.cwd]
         ended = run(Process(argv, self.env, output, with_state=True), timeout, interrupt)
         self._keep(ended.state)
-        text = decode(bytes(output.head)) if not output.dropped else decode(bytes(output.head)) + decode(bytes(output.tail))
-        if not output.dropped:
-            text = decode(bytes(output.head + output.tail))
-        return ShellResult(ended.code, text, output.dropped, ended.timed_out, note)
+        return ShellResult(ended.code, decode(bytes(output.head + output.tail)), output.dropped, ended.timed_out, note)
 
     def _keep(self, state: bytes) -> None:
         cwd, found, variables = state.partition(b"\n\0")
@@ -75,8 +72,9 @@ class ExecResult(NamedTuple):
 
 
 def execute(
-    command: str, paths: Paths, env: Mapping[str, str], interrupt: Interrupt, *, timeout: float, cwd: str | None = None, stdin: str | None = None
-) -> ExecResult:
+    command: str, paths: Paths, env: Mapping[str, str], interrupt: Interrupt,
+    *, timeout: float, cwd: str | None = None, stdin: str | None = None,
+) -> ExecResult:  # fmt: skip
     """Run one command for the server, apart from the agent's shell. Raises OSError with what was wrong."""
     folder = paths.resolve(cwd) if cwd else paths.workspace
     if not os.path.isdir(folder):

@@ -12,11 +12,11 @@ from collections.abc import Generator
 from typing import Any
 
 from ash import sse
-from ash.errors import AshError, CapacityReached, ConnectionFailed, RateLimited, Timeout, UpstreamError
+from ash.errors import AshError, CapacityReached, ConnectionFailed, RateLimited, Timeout, TurnFailed, UpstreamError
 from ash.remote import calls
 from ash.remote.calls import Call, Content
 from ash.remote.http1 import BrokenResponse, CannotConnect
-from ash.remote.records import Event, EventData, Message
+from ash.remote.records import Event, EventData, Json, Message, TurnResult
 
 Step = float | Call[Any]
 """What a plan asks of its client: to wait so many seconds, or to make a request and send its answer back."""
@@ -50,11 +50,16 @@ class StreamState:
 
     def _accept(self, frame: sse.Frame) -> Event | None:
         id = int(frame.id) if frame.id is not None and frame.id.isdecimal() else None
-        is_resync = frame.event == "resync"
-        if self.is_finished or (id is not None and self.last_id is not None and id <= self.last_id and not is_resync):
+        if self.is_finished or self._is_known(frame.event, id):
             return None
         self.last_id = self.last_id if id is None else id
         return Event(frame.event, EventData(frame.data, frame.event), id)
+
+    def _is_known(self, kind: str, id: int | None) -> bool:
+        """Whether an event adds nothing. In a stream with ids one without is the server's word on why it closes; we come back."""
+        if self.last_id is None or kind == "resync":
+            return False
+        return id is None or id <= self.last_id
 
     def connected(self) -> None:
         """A new connection stands: bytes of the last one must not mix with it."""
@@ -161,3 +166,42 @@ class StreamOver(BrokenResponse):
 
     def __init__(self) -> None:
         super().__init__("the server closed the stream before its end")
+
+
+class TurnCollector:
+    """Puts the events of one turn together. Pure; feed it events in order, then ask for the result."""
+
+    def __init__(self) -> None:
+        self._messages: list[Json] = []
+        self._texts: list[str] = []
+        self._error = ""
+        self._done: Json = {}
+
+    def feed(self, event: Event) -> None:
+        if event.type == "message" and event.data.get("type") != "stream_event":
+            self._messages.append(event.data)
+            self._texts += [event.text] if event.text else []
+        elif event.type == "error":
+            self._error = str(event.data) or "the turn failed"
+        elif event.type == "done":
+            self._done = event.data
+
+    def result(self) -> TurnResult:
+        """Raises TurnFailed when the turn ended in an error."""
+        status = str(self._done.get("status") or "completed")
+        if self._error or status == "failed":
+            raise TurnFailed(self._error or "the turn failed")
+        last: Json = next((message for message in reversed(self._messages) if message.get("type") == "result"), {})
+        answer = last.get("result")
+        return TurnResult(
+            text=answer if isinstance(answer, str) else "".join(self._texts[-1:]),
+            status=status,
+            is_error=bool(last.get("is_error")),
+            usage=last.get("usage") or {},
+            cost_usd=last.get("total_cost_usd"),
+            num_turns=last.get("num_turns"),
+            duration_ms=last.get("duration_ms"),
+            turn_id=str(self._done.get("turnId") or ""),
+            messages=tuple(self._messages),
+            raw=last,
+        )

@@ -1,0 +1,94 @@
+"""`ash deploy`: upload an agent folder. The environment of its tools comes from `.env`, `.env.local` and -e, and is not uploaded as files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from ash.cli import profile
+from ash.cli.command import Command, key_value
+from ash.cli.terminal import DIM, Terminal
+from ash.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from ash.client import Agent, AshClient
+
+_ENV_FILES = (".env", ".env.local")
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="the agent's folder, with a CLAUDE.md in it")
+    parser.add_argument("--name", "-n", help="name of the agent (default: the folder's name)")
+    add_env(parser, "a variable for the agent's tools; overrides .env.local, which overrides .env")
+
+
+def add_env(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--env", "-e", action="append", default=[], type=key_value, metavar="KEY=VALUE", help=f"{help} (may be repeated)")
+
+
+def _deploy(args: argparse.Namespace, terminal: Terminal) -> int:
+    agent = deploy(profile.client(args), args.path, terminal, name=args.name, env=args.env)
+    if terminal.is_json:
+        terminal.data(agent.raw)
+        return 0
+    terminal.line(f'Deployed agent "{agent.name}" (v{agent.version})')
+    if agent.env:
+        terminal.line(f"  env: {', '.join(sorted(agent.env))}")
+    return 0
+
+
+def deploy(client: AshClient, path: str, terminal: Terminal, *, name: str | None = None, env: Iterable[tuple[str, str]] = ()) -> Agent:
+    """Upload `path` with its variables, showing progress."""
+    from ash.client import agent_name
+
+    wanted = name or agent_name(path)
+    if name is None and wanted != os.path.basename(os.path.realpath(path)):
+        terminal.note(f"Normalized agent name: {wanted}", DIM)
+    variables = {**_read_env_files(path, terminal), **dict(env)}
+
+    def show(done: int, total: int) -> None:
+        terminal.progress(f"Uploading {wanted}", done, total)
+
+    agent = client.deploy_agent(wanted, path, env=variables or None, on_progress=show)
+    terminal.clear_progress()
+    return agent
+
+
+def _read_env_files(folder: str, terminal: Terminal) -> dict[str, str]:
+    variables: dict[str, str] = {}
+    for name in _ENV_FILES:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            found = read_env(path)
+            variables.update(found)
+            terminal.note(f"Loaded {len(found)} env var(s) from {name}", DIM)
+    return variables
+
+
+def read_env(path: str) -> dict[str, str]:
+    """The variables of a `.env` file: KEY=VALUE lines, quotes and `export` allowed. Raises InvalidRequest with the line that is none."""
+    variables: dict[str, str] = {}
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            text = line.strip()
+            if not text or text.startswith("#"):
+                continue
+            name, separator, value = text.removeprefix("export ").partition("=")
+            if not separator or not name.strip().isidentifier():
+                raise InvalidRequest(f"{path}, line {number}: not a KEY=VALUE line")
+            variables[name.strip()] = _unquote(value.strip())
+    return variables
+
+
+def _unquote(value: str) -> str:
+    if len(value) >= 2 and value[0] == value[-1] == "'":
+        return value[1:-1]
+    if len(value) >= 2 and value[0] == value[-1] == '"':
+        return value[1:-1].replace("\\n", "\n").replace('\\"', '"').replace("\\\\", "\\")
+    return value.partition(" #")[0].rstrip()
+
+
+COMMANDS = {"deploy": Command("Upload an agent folder as the newest version of an agent.", _deploy, _configure)}
+

@@ -1,0 +1,150 @@
+"""What the command line remembers on this machine: the linked server and its key, in `config.json` (0600) under `~/.ash`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+from ash.config import client_environ
+from ash.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ash.client import AshClient
+
+DEFAULT_URL = "http://localhost:4100"
+
+
+class Address(NamedTuple):
+    """Which server, and why that one: `source` is flag, ASH_SERVER_URL, config or default."""
+
+    url: str
+    source: str
+    key: str | None = None
+    key_source: str = ""
+
+    @property
+    def is_explicit(self) -> bool:
+        return self.source != "default"
+
+
+def home() -> str:
+    return os.path.abspath(os.path.expanduser(client_environ("ASH_HOME") or "~/.ash"))
+
+
+def path() -> str:
+    return os.path.join(home(), "config.json")
+
+
+def load() -> dict[str, str]:
+    """The stored values; none when there is no file. Raises ConfigError for a file that cannot be used."""
+    try:
+        with open(path(), encoding="utf-8") as file:
+            stored = json.load(file)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path()} cannot be read ({error}); repair or remove it") from error
+    if not isinstance(stored, dict):
+        raise ConfigError(f"{path()} must hold a JSON object; repair or remove it")
+    return stored
+
+
+def save(stored: dict[str, str]) -> None:
+    """Replace the file in one step, readable by its owner alone."""
+    try:
+        os.makedirs(home(), mode=0o700, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".config.", dir=home())  # mkstemp makes it 0600
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                json.dump(stored, file, indent=2)
+            os.replace(temporary, path())
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise ConfigError(f"{path()} cannot be written: {error.strerror}; set ASH_HOME to a folder that can") from error
+
+
+def address(args: argparse.Namespace) -> Address:
+    """The server a command talks to. A stored key goes to the server it was stored for and to no other."""
+    stored = load()
+    linked = stored.get("server_url") or DEFAULT_URL
+    url, source = _first((args.server, "flag"), (client_environ("ASH_SERVER_URL"), "ASH_SERVER_URL"), (stored.get("server_url"), "config"), (linked, "default"))
+    own = stored.get("api_key") if same(url, linked) else None
+    key, key_source = _first((args.api_key, "flag"), (client_environ("ASH_API_KEY"), "ASH_API_KEY"), (own, "config"), ("", ""))
+    return Address(url, source, key or None, key_source)
+
+
+def _first(*candidates: tuple[str | None, str]) -> tuple[str, str]:
+    return next(((value, source) for value, source in candidates if value), ("", ""))
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two addresses mean the same server, however this machine is spelled."""
+    return _canonical(one) == _canonical(other)
+
+
+def _canonical(url: str) -> str:
+    plain = url.rstrip("/").lower()
+    for name in ("127.0.0.1", "[::1]"):
+        plain = plain.replace(f"//{name}", "//localhost", 1)
+    return plain
+
+
+def client(args: argparse.Namespace) -> AshClient:
+    """A client for the server that the arguments, the environment or the stored link name."""
+    from ash.client import AshClient
+
+    where = address(args)
+    return AshClient(where.url, where.key)
+
+
+def link(url: str, key: str | None) -> None:
+    """Remember another server; the key of the local one is kept aside."""
+    stored = load()
+    if not stored.get("server_url") and stored.get("api_key"):
+        stored["local_api_key"] = stored["api_key"]
+    stored["server_url"] = url
+    stored.pop("api_key", None)
+    if key:
+        stored["api_key"] = key
+    save(stored)
+
+
+def unlink() -> str | None:
+    """Forget the linked server and its key; returns its address, None when there was none."""
+    stored = load()
+    url = stored.pop("server_url", None)
+    if url is not None:
+        stored.pop("api_key", None)
+        local = stored.pop("local_api_key", None)
+        if local:
+            stored["api_key"] = local
+        save(stored)
+    return url
+
+
+def adopt_key(data_dir: str, url: str) -> bool:
+    """Take the first API key of a server that was just started here, when it is the one the command line talks to.
+
+    The key's own file is then removed, so that it exists once. False when there is none to take.
+    """
+    file = os.path.join(data_dir, "initial-api-key")
+    stored = load()
+    linked = stored.get("server_url")
+    is_linked = bool(linked) and same(linked or "", url)
+    if not (is_linked or same(DEFAULT_URL, url)) or not os.path.exists(file):
+        return False
+    with open(file, encoding="utf-8") as source:
+        key = source.read().strip()
+    if not key:
+        return False
+    stored["api_key" if is_linked or not linked else "local_api_key"] = key
+    save(stored)
+    with suppress(FileNotFoundError):
+        os.unlink(file)
+    return True

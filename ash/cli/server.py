@@ -1,0 +1,227 @@
+"""`ash start`, `stop`, `status` and `logs`: the server process of this machine. `start` is the one command that loads the server."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+import time
+from contextlib import suppress
+
+from ash.cli import local, profile
+from ash.cli.command import Command
+from ash.cli.terminal import DIM, Terminal
+from ash.config import SETTINGS, Config, Secret, load_config
+from ash.errors import AshError, ConfigError, NotFound, Timeout
+
+_STOP_SLACK = 15.0
+
+
+def _add_data_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-dir", help="data folder of the server (ASH_DATA_DIR, else ~/.ash)")
+
+
+# start
+
+
+def _configure_start(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--detach", "-d", action="store_true", help="run in the background and return once it answers")
+    parser.add_argument("--stop-with-stdin", action="store_true", help="stop when standard input is closed, for programs that start a server")
+    settings = parser.add_argument_group("settings", "each can be given by its variable too; `ash config` shows what is in force")
+    for setting in SETTINGS:
+        words = setting.kind if isinstance(setting.kind, tuple) else None
+        default = "" if setting.default in (None, "", False) else f" (default {setting.default})"
+        settings.add_argument(
+            setting.flag, dest=setting.name, metavar="|".join(words) if words else setting.name.rpartition("_")[2].upper(),
+            help=f"{setting.help}{default} [{setting.env}]".replace("%", "%%"),
+            **({"nargs": "?", "const": "1"} if setting.kind is bool else {}),
+        )  # fmt: skip
+
+
+def _start(args: argparse.Namespace, terminal: Terminal) -> int:
+    config = load_config({setting.name: getattr(args, setting.name) for setting in SETTINGS})
+    running = local.find(config.data_dir)
+    if running is not None:
+        return _say_started(running, terminal, "Ash runs already")
+    if args.detach:
+        return _detach(args, config, terminal)
+    threading.Thread(target=_take_key, args=(config.data_dir, os.getpid(), terminal), daemon=True).start()
+    if args.stop_with_stdin:
+        threading.Thread(target=_stop_with_stdin, daemon=True).start()
+    from ash import web
+
+    web.run(config)
+    return 0
+
+
+def _take_key(data_dir: str, pid: int, terminal: Terminal) -> None:
+    """Wait until the server of this process listens, then move its first key to where the command line looks for it."""
+    deadline = time.monotonic() + local.START_TIMEOUT
+    while time.monotonic() < deadline:
+        server = local.find(data_dir)
+        if server is not None and server.pid == pid:
+            _adopt_key(server, terminal)
+            return
+        time.sleep(0.05)
+
+
+def _adopt_key(server: local.LocalServer, terminal: Terminal) -> None:
+    try:
+        if profile.adopt_key(server.data_dir, server.url):
+            terminal.note(f"The API key is now in {profile.path()}, where the command line finds it", DIM)
+    except (AshError, OSError) as error:
+        terminal.note(f"The API key stays in {os.path.join(server.data_dir, 'initial-api-key')}: {error}")
+
+
+def _stop_with_stdin() -> None:
+    """End this process by its usual signal once whoever started it is gone."""
+    import signal
+
+    with suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _detach(args: argparse.Namespace, config: Config, terminal: Terminal) -> int:
+    arguments, environ = _same_settings(args)
+    child = local.Child([*arguments, "--data-dir", config.data_dir], config.data_dir, environ=environ)
+    try:
+        server = child.wait_until_ready()
+    except KeyboardInterrupt:
+        child.end()
+        raise
+    child.leave()
+    _adopt_key(server, terminal)  # the child does this too; whoever is first
+    return _say_started(server, terminal, "Ash started")
+
+
+def _same_settings(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+    """The settings that were given, for the child: secrets by variable, because everybody can read its arguments."""
+    arguments: list[str] = []
+    environ: dict[str, str] = {}
+    for setting in SETTINGS:
+        value = getattr(args, setting.name)
+        if value is None or setting.name == "data_dir":
+            continue
+        if setting.kind is Secret:
+            environ[setting.env] = value
+        else:
+            arguments.append(f"{setting.flag}={value}")
+    return arguments, environ
+
+
+def _say_started(server: local.LocalServer, terminal: Terminal, what: str) -> int:
+    if terminal.is_json:
+        terminal.data({"pid": server.pid, "url": server.url, "version": server.version, "dataDir": server.data_dir})
+    else:
+        terminal.line(f"{what}: {server.url} (pid {server.pid}, data in {server.data_dir})")
+    return 0
+
+
+# stop
+
+
+def _configure_stop(parser: argparse.ArgumentParser) -> None:
+    _add_data_dir(parser)
+    parser.add_argument("--force", action="store_true", help="kill it when it does not stop by itself")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="how long to wait for it")
+
+
+def _data_config(args: argparse.Namespace) -> Config:
+    return load_config({"data_dir": args.data_dir})
+
+
+def _stop(args: argparse.Namespace, terminal: Terminal) -> int:
+    config = _data_config(args)
+    server = local.find(config.data_dir)
+    if server is None:
+        terminal.note(f"No server runs on {config.data_dir}.")
+        return 0
+    patience = args.timeout if args.timeout is not None else config.shutdown_timeout + _STOP_SLACK
+    if not local.stop(server, patience) and not (args.force and local.stop(server, 5.0, by_force=True)):
+        raise Timeout(f"the server (pid {server.pid}) still runs after {patience:g} s; wait, or kill it with `ash stop --force`")
+    if terminal.is_json:
+        terminal.data({"stopped": server.pid})
+    else:
+        terminal.line(f"Stopped the server at {server.url} (pid {server.pid}).")
+    return 0
+
+
+# status
+
+
+def _status(args: argparse.Namespace, terminal: Terminal) -> int:
+    """The server of this machine; without one, whether the server that commands talk to answers."""
+    config = _data_config(args)
+    server = None if args.server else local.find(config.data_dir)
+    url = server.url if server is not None else profile.address(args).url
+    from ash.client import AshClient
+    from ash.cli.health import describe
+
+    try:
+        health = AshClient(url, timeout=10).health()
+    except AshError as error:
+        if terminal.is_json:
+            terminal.data({"running": server is not None, "url": url, "pid": server.pid if server else None, "error": str(error)})
+        elif server is None:
+            terminal.line(f"No server runs on {config.data_dir}, and none answers at {url}. Start one with `ash start`.")
+        else:
+            terminal.line(f"The server (pid {server.pid}) runs but does not answer: {error}")
+        return 1
+    if terminal.is_json:
+        terminal.data({"running": True, "url": url, "pid": server.pid if server else None, "dataDir": server and server.data_dir, **health.raw})
+        return 0
+    where = f" (pid {server.pid}, data in {server.data_dir})" if server else ""
+    terminal.line(f"Running: {url}{where}")
+    for line in describe(health):
+        terminal.line(line)
+    return 0
+
+
+# logs
+
+
+def _configure_logs(parser: argparse.ArgumentParser) -> None:
+    _add_data_dir(parser)
+    parser.add_argument("--follow", "-f", action="store_true", help="go on with what is written from now on")
+    parser.add_argument("--lines", "-n", type=int, default=200, metavar="N", help="how many lines of the past (default 200)")
+
+
+def _logs(args: argparse.Namespace, terminal: Terminal) -> int:
+    path = os.path.join(_data_config(args).data_dir, "server.log")
+    try:
+        file = open(path, encoding="utf-8", errors="replace")  # noqa: SIM115
+    except FileNotFoundError as error:
+        raise NotFound(f"{path} does not exist: a server logs there only when started with --detach, otherwise to its terminal") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    with file:
+        for line in file.readlines()[-args.lines :] if args.lines > 0 else file.readlines()[:0]:
+            terminal.line(line.rstrip("\n"))
+        while args.follow:
+            _follow_log(file, terminal)
+            time.sleep(0.2)
+    return 0
+
+
+def _follow_log(file: object, terminal: Terminal) -> None:
+    import io
+
+    assert isinstance(file, io.TextIOWrapper)
+    if os.fstat(file.fileno()).st_size < file.tell():  # it was emptied
+        file.seek(0)
+    for line in file.readlines():
+        terminal.line(line.rstrip("\n"))
+
+
+def _configure_status(parser: argparse.ArgumentParser) -> None:
+    _add_data_dir(parser)
+
+
+COMMANDS = {
+    "start": Command("Start the server, in the foreground unless --detach is given.", _start, _configure_start, talks=False),
+    "stop": Command("Stop the server that runs on a data folder of this machine.", _stop, _configure_stop, talks=False),
+    "status": Command("Say whether the server runs, and what it does.", _status, _configure_status),
+    "logs": Command("Show the log of a server that was started with --detach.", _logs, _configure_logs, talks=False),
+}

@@ -1,0 +1,318 @@
+"""The way out of the sandboxes to the models: a small HTTP app on one Unix socket per sandbox, and the only place with the keys.
+
+Which socket a request comes in on says which session asks. Only the Messages endpoints exist here; whatever key the caller
+sends is dropped and ours is put in. It never logs a body or a key, and never answers from a sandbox that has no session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, aclosing
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from aiohttp import web
+
+from ash import offline, sse
+from ash.config import Config, Secret
+from ash.errors import ConfigError, ModelRefused, SandboxFailed, StreamBroken
+from ash.models import Json
+from ash.providers import COUNT_TOKENS, MESSAGES, Call, Provider, Reply, Timing, retry
+from ash.providers.cloud import BEDROCK, VERTEX, Cloud
+from ash.providers.direct import DEFAULT_BASE_URL, Direct, open_session, shown_base_url
+from ash.providers.local import Local
+from ash.providers.meter import Meter
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "claude-sonnet-5-5"
+NOTICE = (
+    "No model provider is configured: answers come from the built-in offline demo model. "
+    "Set ANTHROPIC_API_KEY and start the server again to use a real one."
+)
+CHOSEN_NOTICE = (
+    "The offline demo model is chosen: answers come from the built-in model, not from a real one. "
+    "Start the server without `--model offline` to use a real one."
+)
+MAX_BODY_BYTES = 64 * 1024 * 1024
+_MAX_CALLS_PER_SANDBOX = 32
+_MAX_SOCKET_PATH_BYTES = 107
+_PASSED_REQUEST_HEADERS = ("content-type", "anthropic-version", "anthropic-beta", "accept")
+_ALIASES = {"sonnet": "claude-sonnet-5-5", "opus": "claude-opus-5-5", "haiku": "claude-haiku-5-5"}
+
+OnUsage = Callable[[str, dict[str, Any]], Awaitable[None]]
+
+
+class ModelAccess(NamedTuple):
+    """For whom a sandbox asks, and the session's own credential if it has one."""
+
+    session_id: str
+    tenant_id: str
+    model: str
+    api_key: Secret | None = None
+    auth_token: Secret | None = None
+    base_url: str | None = None
+
+
+class Gateway:
+    """An async context manager. `open` before a sandbox starts, `bind` when it gets a session, `close` when it is gone."""
+
+    def __init__(self, config: Config, *, on_usage: OnUsage, timing: Timing | None = None) -> None:
+        self._config, self._on_usage, self._timing = config, on_usage, timing or Timing()
+        self._exits = AsyncExitStack()
+        self._sites: dict[str, tuple[str, web.UnixSite]] = {}
+        self._sandboxes: dict[str, str] = {}
+        """Socket path to sandbox id."""
+        self._access: dict[str, ModelAccess] = {}
+        self._calls: dict[str, set[asyncio.Task[Any]]] = {}
+        self._reports: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Gateway:
+        try:
+            await self._start()
+        except BaseException:
+            await self._exits.aclose()
+            raise
+        return self
+
+    async def _start(self) -> None:
+        replies = offline.load(self._config.offline_script) if self._config.offline_script else None
+        self._offline = Local(replies)
+        self._session = open_session(self._timing)
+        self._exits.push_async_callback(self._session.close)
+        self._default = self._choose_default()
+        self._exits.push_async_callback(self._default.close)
+        app = web.Application(client_max_size=MAX_BODY_BYTES)
+        app.router.add_route("*", "/{path:.*}", self._serve)
+        # A caller that leaves must end the call to the provider at once: nothing here outlives its request but the usage report.
+        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
+        await self._runner.setup()
+        self._exits.push_async_callback(self._finish_reports)
+        self._exits.push_async_callback(self._runner.cleanup)
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for sandbox_id in list(self._sites):
+            await self.close(sandbox_id)
+        await self._exits.aclose()
+
+    # What the server is set to
+
+    @property
+    def _provider_name(self) -> str:
+        config = self._config
+        if config.model == offline.MODEL:
+            return "offline"
+        if config.use_bedrock:
+            return BEDROCK
+        if config.use_vertex:
+            return VERTEX
+        has_address = config.anthropic_base_url.rstrip("/") != DEFAULT_BASE_URL
+        return "anthropic" if config.anthropic_api_key or config.anthropic_auth_token or has_address else "offline"
+
+    def _choose_default(self) -> Provider:
+        name, config = self._provider_name, self._config
+        if name == "offline":
+            return self._offline
+        if name == "anthropic":
+            return Direct(self._session, config.anthropic_base_url, config.anthropic_api_key, config.anthropic_auth_token)
+        return Cloud(name, self._timing)
+
+    def default_model(self) -> str:
+        """The model of agents that name none."""
+        return self._config.model or (offline.MODEL if self._provider_name == "offline" else DEFAULT_MODEL)
+
+    def describe(self) -> dict[str, Any]:
+        """Which models answer, without any secret; `notice` when it is not a real one."""
+        name = self._provider_name
+        shown: dict[str, Any] = {"provider": name, "model": self.default_model()}
+        if name == "anthropic" and self._config.anthropic_base_url.rstrip("/") != DEFAULT_BASE_URL:
+            shown["baseUrl"] = shown_base_url(self._config.anthropic_base_url)
+        if name == "offline":
+            shown["notice"] = CHOSEN_NOTICE if self._config.model == offline.MODEL else NOTICE
+        return shown
+
+    # One socket per sandbox
+
+    async def open(self, sandbox_id: str, socket_path: str) -> None:
+        """Listen at `socket_path`. Until `bind`, every request on it is refused."""
+        size = len(os.fsencode(socket_path))
+        if size > _MAX_SOCKET_PATH_BYTES:
+            limit = _MAX_SOCKET_PATH_BYTES
+            raise SandboxFailed(f"the gateway's socket path has {size} bytes, at most {limit} work: use a data folder with a shorter path")
+        await self._stop_listening(sandbox_id)
+        site = web.UnixSite(self._runner, socket_path)
+        try:
+            await site.start()
+            os.chmod(socket_path, 0o666)  # the folder around it is what keeps others out
+        except OSError as error:
+            await site.stop()
+            raise SandboxFailed(f"the gateway cannot listen for this sandbox: {error.strerror or error}") from error
+        self._sites[sandbox_id], self._sandboxes[socket_path] = (socket_path, site), sandbox_id
+
+    def bind(self, sandbox_id: str, access: ModelAccess) -> None:
+        """From now on the sandbox's socket speaks for this session."""
+        self._access[sandbox_id] = access
+
+    async def close(self, sandbox_id: str) -> None:
+        """Stop listening and end the calls that are under way. Does nothing for a sandbox that is not open."""
+        self._access.pop(sandbox_id, None)
+        await self._stop_listening(sandbox_id)
+        for task in self._calls.pop(sandbox_id, set()):
+            task.cancel()
+
+    async def _stop_listening(self, sandbox_id: str) -> None:
+        path, site = self._sites.pop(sandbox_id, ("", None))
+        self._sandboxes.pop(path, None)
+        if site is not None:
+            await site.stop()
+
+    # One call
+
+    async def _serve(self, request: web.Request) -> web.StreamResponse:
+        try:
+            sandbox_id = self._sandbox_of(request)
+            return await self._tracked(sandbox_id, self._answer(sandbox_id, request))
+        except ModelRefused as refusal:
+            return _error(refusal)
+        except web.HTTPRequestEntityTooLarge:
+            return _error(ModelRefused(f"The request is larger than {MAX_BODY_BYTES} bytes.", status=413, kind="request_too_large"))
+        except (ConnectionError, asyncio.IncompleteReadError):
+            return web.Response()  # the bridge has left; nobody reads this
+        except Exception:  # the edge of a request: the bridge gets an error it can show, the log the reason
+            log.exception("a model call failed inside the gateway")
+            return _error(ModelRefused("The gateway failed; the server's log says why.", status=500))
+
+    def _sandbox_of(self, request: web.Request) -> str:
+        path = request.transport.get_extra_info("sockname") if request.transport is not None else None
+        sandbox_id = self._sandboxes.get(path) if isinstance(path, str) else None
+        if sandbox_id is None or sandbox_id not in self._access:
+            raise ModelRefused("This sandbox belongs to no session.", status=403, kind="permission_error")
+        return sandbox_id
+
+    async def _tracked(self, sandbox_id: str, answer: Any) -> web.StreamResponse:
+        calls = self._calls.setdefault(sandbox_id, set())
+        task = asyncio.current_task()
+        if len(calls) >= _MAX_CALLS_PER_SANDBOX or task is None:
+            answer.close()
+            raise ModelRefused(f"More than {_MAX_CALLS_PER_SANDBOX} model calls at once.", status=429, kind="rate_limit_error")
+        calls.add(task)
+        try:
+            response: web.StreamResponse = await answer
+            return response
+        finally:
+            calls.discard(task)
+
+    async def _answer(self, sandbox_id: str, request: web.Request) -> web.StreamResponse:
+        access = self._access[sandbox_id]
+        call = await self._read_call(request)
+        model = call.request["model"]
+        provider = self._provider(access, model)
+        async with AsyncExitStack() as stack:
+            reply = await self._send(provider, call, stack, access.session_id)
+            return await self._pass_on(request, call, reply, access.session_id)
+
+    async def _read_call(self, request: web.Request) -> Call:
+        if request.method != "POST" or request.path not in (MESSAGES, COUNT_TOKENS):
+            raise ModelRefused(f"{request.method} {request.path} does not exist here.", status=404, kind="not_found_error")
+        body = await request.read()
+        try:
+            parsed = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise ModelRefused("The request body is not valid JSON.", status=400, kind="invalid_request_error") from error
+        if not isinstance(parsed, dict) or not isinstance(parsed.get("model"), str) or not parsed["model"]:
+            raise ModelRefused("model: Input should be a valid string", status=400, kind="invalid_request_error")
+        headers = {name: request.headers[name] for name in _PASSED_REQUEST_HEADERS if name in request.headers}
+        call = Call(request.path, request.query.get("beta") == "true", headers, body, parsed)
+        return self._with_model(call, self.default_model() if parsed["model"] == "default" else _ALIASES.get(parsed["model"]))
+
+    def _with_model(self, call: Call, model: str | None) -> Call:
+        if model is None or model == call.request["model"]:
+            return call
+        request: Json = {**call.request, "model": model}
+        return call._replace(request=request, body=json.dumps(request).encode())
+
+    def _provider(self, access: ModelAccess, model: str) -> Provider:
+        if model == offline.MODEL:
+            return self._offline
+        if access.api_key or access.auth_token:
+            base_url = access.base_url or self._config.anthropic_base_url
+            try:
+                return Direct(self._session, base_url, access.api_key, access.auth_token, hint="Check the credential of this session.")
+            except ConfigError as error:
+                text = f"This session's credential cannot be used: {error}"
+                raise ModelRefused(text, status=400, kind="invalid_request_error") from error
+        return self._default
+
+    async def _send(self, provider: Provider, call: Call, stack: AsyncExitStack, session_id: str) -> Reply:
+        """The first reply that is not a refusal, or the last refusal."""
+        started = time.monotonic()
+        for attempt in range(self._timing.retries + 1):
+            try:
+                return await stack.enter_async_context(provider.send(call))
+            except ModelRefused as refusal:
+                delay = retry.find_delay(refusal, attempt, time.monotonic() - started, self._timing)
+                if delay is None:
+                    raise
+                log.warning("session %s: the model provider answered %d; next try in %.1f s", session_id, refusal.status, delay)
+                await asyncio.sleep(delay)
+        raise AssertionError("find_delay ends the last attempt")
+
+    async def _pass_on(self, request: web.Request, call: Call, reply: Reply, session_id: str) -> web.StreamResponse:
+        """The reply's bytes as they come. A stream that breaks ends with an `error` event, if that can still be read as one."""
+        response = web.StreamResponse(headers=reply.headers)
+        meter = Meter(call.request["model"], streams=call.streams)
+        try:
+            await response.prepare(request)
+            await self._copy(reply, response, meter, is_stream=call.streams and call.path == MESSAGES)
+        except Exception:
+            if request.transport is not None:
+                request.transport.abort()  # half an answer is out: an error page must not follow it
+            raise
+        finally:
+            meter.finish()
+            if meter.has_usage and call.path == MESSAGES:
+                await self._report(session_id, meter.usage)
+        return response
+
+    async def _copy(self, reply: Reply, response: web.StreamResponse, meter: Meter, *, is_stream: bool) -> None:
+        problem = ""
+        try:
+            async with aclosing(reply.chunks) as chunks:
+                async for chunk in chunks:
+                    meter.feed(chunk)
+                    await response.write(chunk)
+            if is_stream and not meter.is_complete:
+                problem = "The model provider's answer broke off."
+        except StreamBroken as error:
+            problem = error.message
+        if problem and is_stream and meter.is_between_events:
+            await response.write(sse.encode("error", {"type": "error", "error": {"type": "api_error", "message": problem}}))
+        await response.write_eof()
+
+    async def _report(self, session_id: str, usage: dict[str, Any]) -> None:
+        """Also when the call is being cancelled: tokens that were used are counted."""
+        task = asyncio.create_task(self._reported(session_id, usage), name="usage report")
+        self._reports.add(task)
+        task.add_done_callback(self._reports.discard)
+        await asyncio.shield(task)
+
+    async def _reported(self, session_id: str, usage: dict[str, Any]) -> None:
+        try:
+            await self._on_usage(session_id, usage)
+        except Exception:  # the edge of a request: the answer has been given, the count alone is lost
+            log.exception("session %s: usage was not recorded", session_id)
+
+    async def _finish_reports(self) -> None:
+        if self._reports:
+            await asyncio.wait(set(self._reports), timeout=5.0)
+
+
+def _error(refusal: ModelRefused) -> web.Response:
+    """In the API's own shape. `x-should-retry: false` says that what could be tried again has been."""
+    headers = {**refusal.headers, "x-should-retry": "false"}
+    return web.json_response(offline.error_body(refusal), status=refusal.status, headers=headers)

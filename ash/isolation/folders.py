@@ -1,0 +1,271 @@
+"""The folders of a sandbox: slot, session, sockets; filling them from an agent's version; and which uid owns them.
+
+Never follows a link: what lies in a workspace was made by somebody hostile. Everything here blocks; callers use a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import zlib
+
+from ash.errors import CapacityReached, SandboxFailed
+
+PARTS = ("workspace", "home", "agent")
+DIGEST_FILE = "agent.digest"
+LOG_FILE = "bridge.log"
+SLOTS = ".slots"
+MAX_SOCKET_PATH = 100
+"""The kernel takes 107 bytes; a little is left for names that are added."""
+
+# Below the range that Linux distributions hand out for containers of users (from 100000), above all ordinary accounts.
+UIDS = range(65_600, 99_900)
+_CHUNK = 1024 * 1024
+
+
+class Folders:
+    """Paths under one data folder. `run_fd` stands for run/ where a path would be too long for a socket."""
+
+    def __init__(self, data_dir: str) -> None:
+        self.data = data_dir
+        self.sessions = os.path.join(data_dir, "sessions")
+        self.slots = os.path.join(self.sessions, SLOTS)
+        self.run = os.path.join(data_dir, "run")
+        self.run_fd = -1
+
+    def open(self) -> None:
+        """Make the folders. Other users may pass through, each to what it owns, but list nothing."""
+        os.makedirs(self.data, 0o700, exist_ok=True)
+        for path in (self.sessions, self.slots, self.run):
+            os.makedirs(path, exist_ok=True)
+            os.chmod(path, 0o711)
+        self.run_fd = os.open(self.run, os.O_RDONLY | os.O_DIRECTORY)
+
+    def close(self) -> None:
+        if self.run_fd >= 0:
+            os.close(self.run_fd)
+            self.run_fd = -1
+
+    def run_dir(self, id: str) -> str:
+        return os.path.join(self.run, id)
+
+    def socket_path(self, *names: str) -> str:
+        """A path below run/ that fits a socket address; through the open folder when the plain one is too long."""
+        plain = os.path.join(self.run, *names)
+        return plain if len(os.fsencode(plain)) <= MAX_SOCKET_PATH else os.path.join(f"/proc/self/fd/{self.run_fd}", *names)
+
+    def make_run_dir(self, id: str, uid: int | None) -> None:
+        """run/<id>/ with gw/ in it, open to the sandbox's own uid and to nobody else: who connects to the gateway uses our key."""
+        path = self.run_dir(id)
+        for folder, mode in ((path, 0o710), (os.path.join(path, "gw"), 0o750)):
+            os.mkdir(folder, 0o700)
+            _give_group(folder, uid, mode)
+
+    def make_session_dir(self, path: str, uid: int | None) -> None:
+        """A folder with empty workspace/, home/ and agent/ in it; existing parts stay as they are."""
+        os.makedirs(path, 0o700, exist_ok=True)
+        _give_group(path, uid, 0o710)
+        for name in PARTS:
+            part = os.path.join(path, name)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(part, 0o700)
+                if name == "agent":
+                    _give_group(part, uid, 0o750)
+                elif uid is not None:
+                    os.chown(part, uid, uid)
+
+    def claim_slot(self, slot: str, session_dir: str) -> None:
+        """Turn a warm sandbox's slot into the folder of a session; the mounts inside follow."""
+        try:
+            os.rename(slot, session_dir)
+        except OSError as error:
+            raise SandboxFailed(f"the session's folder could not be made: {error.strerror}") from error
+
+
+def _give_group(path: str, uid: int | None, mode: int) -> None:
+    if uid is None:
+        os.chmod(path, 0o700)
+        return
+    os.chown(path, 0, uid)
+    os.chmod(path, mode)
+
+
+class Uids:
+    """Hands each sandbox of a root server a host uid that no other sandbox and no other session's folder has."""
+
+    def __init__(self, data_dir: str) -> None:
+        # Two servers of one host begin at different places.
+        self._next = zlib.crc32(os.fsencode(data_dir)) % len(UIDS)
+        self._used: set[int] = set()
+
+    def scan(self, sessions: str) -> None:
+        """Learn the owners of the sessions' folders on disk."""
+        with os.scandir(sessions) as entries:
+            for entry in entries:
+                uid = find_owner(entry.path)
+                if uid is not None:
+                    self._used.add(uid)
+
+    def take(self) -> int:
+        for _ in UIDS:
+            uid = UIDS[self._next]
+            self._next = (self._next + 1) % len(UIDS)
+            if uid not in self._used:
+                self._used.add(uid)
+                return uid
+        raise CapacityReached(f"capacity reached: all {len(UIDS)} user ids for sandboxes belong to sessions; end or delete some")
+
+    def reserve(self, uid: int) -> None:
+        self._used.add(uid)
+
+    def release(self, uid: int) -> None:
+        """For a uid that owns nothing any more."""
+        self._used.discard(uid)
+
+
+def find_owner(session_dir: str) -> int | None:
+    """The sandbox uid that a session's folder belongs to; None when it has none."""
+    with contextlib.suppress(OSError):
+        uid = os.lstat(os.path.join(session_dir, "workspace")).st_uid
+        return uid if uid in UIDS else None
+    return None
+
+
+def adopt(session_dir: str, uid: int) -> None:
+    """Make an existing workspace and home belong to `uid`, for a folder that another kind of server has left."""
+    for name in ("workspace", "home"):
+        for _, folders, files, fd in os.fwalk(os.path.join(session_dir, name)):
+            os.fchown(fd, uid, uid)
+            for entry in (*folders, *files):
+                os.chown(entry, uid, uid, dir_fd=fd, follow_symlinks=False)
+
+
+def fill(session_dir: str, agent_dir: str, uid: int | None, *, fresh: bool, link: bool) -> None:
+    """agent/ gets the version's files, unless it has them; a fresh workspace gets a writable copy. Raises SandboxFailed."""
+    try:
+        _fill_agent(session_dir, agent_dir, uid, link)
+        if fresh:
+            copy_tree(agent_dir, os.path.join(session_dir, "workspace"), uid, writable=True)
+    except OSError as error:
+        raise SandboxFailed(f"the agent's files could not be put into the session's folder: {error.strerror}") from error
+
+
+def _fill_agent(session_dir: str, agent_dir: str, uid: int | None, link: bool) -> None:
+    digest, marker = os.path.basename(agent_dir), os.path.join(session_dir, DIGEST_FILE)
+    with contextlib.suppress(OSError), open(marker, encoding="utf-8") as file:
+        if file.read() == digest:
+            return
+    target = os.path.join(session_dir, "agent")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(marker)
+    _empty(target)
+    copy_tree(agent_dir, target, uid, writable=False, link=link)
+    with open(marker, "w", encoding="utf-8") as file:
+        file.write(digest)
+
+
+def _empty(folder: str) -> None:
+    """Remove what is in a folder but not the folder: it may be mounted."""
+    for entry in list(os.scandir(folder)):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def copy_tree(source: str, target: str, uid: int | None, *, writable: bool, link: bool = False) -> None:
+    """Copy what is in `source` into the existing folder `target`: folders, files, links as links; nothing else.
+
+    `writable` copies belong to `uid`; others to the server, with `uid`'s group able to read. `link` shares a file's blocks
+    where its mode allows, for a target that is only ever mounted read-only. Walks by descriptors: a name in `source` that
+    is swapped for a link meanwhile is refused, not followed.
+    """
+    _Copy(uid, writable, link).folder(_open_folder(source, None), _open_folder(target, None))
+
+
+def _open_folder(name: str, parent: int | None) -> int:
+    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+
+
+class _Copy:
+    def __init__(self, uid: int | None, writable: bool, link: bool) -> None:
+        self._uid, self._writable, self._link = uid, writable, link
+
+    def folder(self, source: int, target: int) -> None:
+        """Takes over both descriptors."""
+        try:
+            with os.scandir(source) as entries:
+                for entry in entries:
+                    self._entry(entry, source, target)
+        finally:
+            os.close(source)
+            os.close(target)
+
+    def _entry(self, entry: os.DirEntry[str], source: int, target: int) -> None:
+        if entry.is_symlink():
+            os.symlink(os.readlink(entry.name, dir_fd=source), entry.name, dir_fd=target)
+            if self._uid is not None and self._writable:
+                os.chown(entry.name, self._uid, self._uid, dir_fd=target, follow_symlinks=False)
+        elif entry.is_dir(follow_symlinks=False):
+            os.mkdir(entry.name, 0o700, dir_fd=target)
+            inner = _open_folder(entry.name, target)
+            self._own(inner, 0o755 if self._writable else 0o750)
+            self.folder(_open_folder(entry.name, source), inner)
+        elif entry.is_file(follow_symlinks=False) and not self._share(entry, source, target):
+            self._file(entry.name, source, target)
+
+    def _own(self, fd: int, mode: int) -> None:
+        """The owner last: chown would clear what chmod has set."""
+        if self._uid is not None:
+            os.fchown(fd, self._uid if self._writable else 0, self._uid)
+        os.fchmod(fd, mode)
+
+    def _share(self, entry: os.DirEntry[str], source: int, target: int) -> bool:
+        if not self._link or not entry.stat(follow_symlinks=False).st_mode & stat.S_IROTH:
+            return False
+        try:
+            os.link(entry.name, entry.name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
+        except OSError:
+            # Another file system, or too many links: copying always works.
+            return False
+        return True
+
+    def _file(self, name: str, source: int, target: int) -> None:
+        reader = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=source)
+        with open(reader, "rb", buffering=0) as origin:
+            state = os.fstat(reader)
+            if not stat.S_ISREG(state.st_mode):
+                return
+            writer = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=target)
+            with open(writer, "wb") as copy:
+                shutil.copyfileobj(origin, copy, _CHUNK)
+                copy.flush()
+                os.utime(writer, ns=(state.st_atime_ns, state.st_mtime_ns))
+                mode = state.st_mode & 0o777
+                self._own(writer, mode | 0o600 if self._writable else (mode | 0o440) & 0o555)
+
+
+def copy_session(source: str, target: str, uid: int | None) -> None:
+    """A second session's folder with copies of workspace/ and home/; agent/ is filled when its sandbox starts."""
+    if os.path.lexists(target):
+        raise SandboxFailed("the new session's folder exists already")
+    folders = Folders(os.path.dirname(os.path.dirname(target)))
+    try:
+        folders.make_session_dir(target, uid)
+        for name in ("workspace", "home"):
+            copy_tree(os.path.join(source, name), os.path.join(target, name), uid, writable=True)
+    except OSError as error:
+        shutil.rmtree(target, ignore_errors=True)
+        raise SandboxFailed(f"the session's files could not be copied: {error.strerror}") from error
+
+
+def remove_tree(path: str) -> None:
+    """Remove a folder that may hold anything; what cannot be removed stays."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def subfolders(folder: str) -> list[str]:
+    with os.scandir(folder) as entries:
+        return sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))

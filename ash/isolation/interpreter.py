@@ -1,0 +1,70 @@
+"""Which Python runs the bridges: the first candidate that works inside a sandbox, as the uid of a sandbox.
+
+A standard-library bridge needs nothing beyond its interpreter, so one under /usr costs no extra mount. One elsewhere
+brings its prefix along, read-only.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import sys
+from typing import NamedTuple
+
+from ash.errors import ConfigError, SandboxFailed
+from ash.isolation.bwrap import OUTER_ENVIRONMENT
+from ash.isolation.launch import run
+
+MINIMUM = (3, 10)
+DESCRIBE = (
+    "import json, sys, importlib.util as u; executable = getattr(sys, '_base_executable', sys.executable); "
+    "print(json.dumps([list(sys.version_info[:3]), sys.base_prefix, executable, u.MAGIC_NUMBER.hex()]))"
+)
+
+
+class Interpreter(NamedTuple):
+    path: str
+    prefix: str | None
+    """Folder to mount for it; None under /usr, which is there anyway."""
+    version: str
+    magic: str
+    """Says for which byte code it is; two interpreters with one magic can share compiled files."""
+
+
+def candidates() -> list[str]:
+    """Interpreters worth a try, best first. Those of the system come before our own, which may lie in somebody's home."""
+    versioned = sorted(glob.glob("/usr/bin/python3.[0-9][0-9]"), key=lambda path: -int(path.rpartition(".")[2]))
+    found = ["/usr/bin/python3", "/usr/local/bin/python3", *versioned, sys.executable]
+    return [path for path in dict.fromkeys(found) if path and os.access(path, os.X_OK)]
+
+
+def describe_arguments(python: str) -> list[str]:
+    return [python, "-I", "-S", "-B", "-c", DESCRIBE]
+
+
+def parse_description(output: str) -> Interpreter:
+    """Raises ConfigError for a Python that is too old, ValueError for output that is none of ours."""
+    version, prefix, executable, magic = json.loads(output)
+    text = ".".join(str(part) for part in version)
+    if tuple(version[:2]) < MINIMUM:
+        raise ConfigError(f"Python {text} is too old for a sandbox; {MINIMUM[0]}.{MINIMUM[1]} or newer is needed")
+    real = os.path.realpath(executable)
+    return Interpreter(real, None if is_in_usr(prefix) and is_in_usr(real) else os.path.realpath(prefix), text, magic)
+
+
+def is_in_usr(path: str) -> bool:
+    return os.path.realpath(path).startswith("/usr/") or os.path.realpath(path) == "/usr"
+
+
+async def describe(path: str) -> Interpreter:
+    """What an interpreter says of itself, run outside any sandbox. Raises ConfigError."""
+    if not os.path.isabs(path) or not os.access(path, os.X_OK):
+        raise ConfigError(f"{path!r} is not an interpreter: give the absolute path of a Python executable")
+    try:
+        code, output, errors = await run(describe_arguments(path), OUTER_ENVIRONMENT, 10)
+        if code == 0:
+            return parse_description(output)
+    except (OSError, ValueError, SandboxFailed) as error:
+        raise ConfigError(f"{path} does not run as Python: {error}") from error
+    raise ConfigError(f"{path} does not run as Python: {errors.strip()[-200:]}")

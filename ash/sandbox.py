@@ -1,0 +1,568 @@
+"""Sandboxes: start, pool, limit and stop the isolated process tree of a session, and talk to the bridge in it.
+
+The front door of `ash.isolation`. Knows no sessions table, no SQL, no HTTP and no keys; treats all that comes out of a
+sandbox as hostile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+import subprocess
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+from ash import models
+from ash.errors import AshError, CapacityReached, IsolationUnavailable, ProtocolError, SandboxFailed, Timeout
+from ash.isolation import bundle, folders, launch
+from ash.isolation import cgroup as cgroups
+from ash.isolation.folders import Folders, Uids
+from ash.isolation.launch import Process
+from ash.isolation.link import Link
+from ash.isolation.logbook import Logbook
+from ash.isolation.prepare import Isolation, Place, prepare
+from ash.isolation.records import ExecResult, Limits, PoolStatus, SandboxSpec
+from ash.models import SandboxHandle
+from ash.tasks import Tasks
+
+__all__ = ["ExecResult", "Limits", "PoolStatus", "Sandbox", "SandboxSpec", "Sandboxes"]
+
+log = logging.getLogger(__name__)
+
+STOPPED = "the sandbox was stopped"
+EXIT_GRACE = 1.0
+"""Seconds between a bridge's hanging up and its exit, to learn how it ended."""
+DRAIN_TIMEOUT = 5.0
+"""Seconds to hand on what a dead bridge had still sent."""
+TERMINATE_GRACE = 0.5
+GONE_TIMEOUT = 10.0
+EXEC_GRACE = 15.0
+CONCURRENT_STARTS = 2 * (os.cpu_count() or 1) + 2
+RETRY_DELAYS = (1.0, 5.0, 15.0, 60.0)
+"""Seconds before the pool tries again to start a warm sandbox after a failure, and the next ones."""
+HANDLE_FILE = "handle.json"
+
+OnOpen = Callable[[str, str], Awaitable[None]]
+OnClose = Callable[[str], Awaitable[None]]
+OnGone = Callable[["Sandbox"], Awaitable[None]]
+
+
+class Sandbox:
+    """One running sandbox. `failure` says why it is gone, once it is gone."""
+
+    def __init__(self, id: str, place: Place, process: Process, link: Link, logbook: Logbook, on_gone: OnGone) -> None:
+        self.id, self.place = id, place
+        self.failure: str | None = None
+        self._process, self._link, self._logbook = process, link, logbook
+        self._on_gone = on_gone
+        self._gone = asyncio.Event()
+        self._is_stopping = False
+
+    @property
+    def handle(self) -> SandboxHandle:
+        """What finds this sandbox again after the server was killed."""
+        process, place = self._process, self.place
+        return SandboxHandle(self.id, process.pid, process.start_time, place.cgroup, place.run_dir, place.folder, place.uid)
+
+    async def ready(self) -> None:
+        await self._link.ready()
+
+    async def init(self, agent: dict[str, Any], options: dict[str, Any], transcript: list[Any]) -> None:
+        """Give the bridge its agent and the conversation so far. Raises SandboxFailed with the bridge's reason when it refuses."""
+        self._require_alive()
+        answer = await self._link.ask("init", agent=agent, options=options, transcript=transcript)
+        if answer["ev"] == "error":
+            raise SandboxFailed(f"the agent could not be initialized: {answer['error']}")
+
+    async def query(self, turn_id: str, content: str | list[Any], options: dict[str, Any]) -> None:
+        """Start a turn; what comes of it arrives in `events`."""
+        self._require_alive()
+        await self._link.query(turn_id, content=content, options=options)
+
+    def events(self) -> AsyncIterator[dict[str, Any]]:
+        """The events of turns, and logs, in order; ends when the sandbox is gone. For one consumer: asking for more acknowledges."""
+        return self._link.events()
+
+    async def interrupt(self, turn_id: str) -> None:
+        self._require_alive()
+        await self._link.tell("interrupt", turn_id=turn_id)
+
+    async def exec(
+        self, command: str, *, timeout: float = 30, cwd: str | None = None, env: dict[str, str] | None = None, stdin: str | None = None
+    ) -> ExecResult:
+        """Run a shell command beside a turn that may be running. Raises SandboxFailed, Timeout."""
+        self._require_alive()
+        given = {"cwd": cwd, "env": env, "stdin": stdin}
+        fields = {name: value for name, value in given.items() if value is not None}
+        try:
+            async with asyncio.timeout(timeout + EXEC_GRACE):
+                answer = await self._link.ask("exec", command=command, timeout=timeout, **fields)
+        except TimeoutError as error:
+            raise Timeout(f"the sandbox did not answer within {timeout + EXEC_GRACE:g} s") from error
+        if answer["ev"] == "error":
+            raise SandboxFailed(answer["error"])
+        return ExecResult(*(answer[name] for name in ExecResult._fields))
+
+    def logs(self, after: int = -1) -> list[dict[str, Any]]:
+        return self._logbook.read(after)
+
+    def _require_alive(self) -> None:
+        if self.failure is not None:
+            raise SandboxFailed(self.failure)
+
+    # The end
+
+    async def live(self) -> None:
+        """Run the connection until the sandbox is gone, and clean up behind it. Awaited by one task of the owner."""
+        reading, exiting = asyncio.ensure_future(self._link.run()), asyncio.ensure_future(self._process.exited())
+        try:
+            await asyncio.wait((reading, exiting), return_when=asyncio.FIRST_COMPLETED)
+            if not exiting.done() and reading.exception() is None:
+                await asyncio.wait((exiting,), timeout=EXIT_GRACE)
+            why = self._explain(reading, exiting)
+            self._process.kill()
+            await asyncio.wait((reading, exiting), timeout=0.0 if self._is_stopping else DRAIN_TIMEOUT)
+            self.failure = self.failure or why
+            await self._clean_up()
+        finally:
+            for task in (reading, exiting):
+                task.cancel()
+            await asyncio.gather(reading, exiting, return_exceptions=True)
+            self._link.close(self.failure or STOPPED)
+            self._gone.set()
+
+    def _explain(self, reading: asyncio.Future[None], exiting: asyncio.Future[int]) -> str:
+        broken = reading.exception() if reading.done() else None
+        if isinstance(broken, ProtocolError):
+            return f"the agent's process broke the bridge protocol: {broken}"
+        if broken is not None:
+            log.error("sandbox %s: its connection failed", self.id, exc_info=broken)
+            return "the connection to the agent's process failed"
+        if self.place.cgroup is not None and cgroups.count_oom_kills(self.place.cgroup):
+            return "the sandbox ran out of memory (memory_mb is its limit)"
+        if exiting.done() and exiting.exception() is None:
+            said = self._logbook.tail().splitlines()[-1:] if exiting.result() else []
+            return f"the agent's process {launch.describe_exit(exiting.result())}" + (f": {said[0][:200]}" if said else "")
+        return "the agent's process closed its connection"
+
+    async def _clean_up(self) -> None:
+        """After the kill: wait for the last process, then take back what was given."""
+        try:
+            async with asyncio.timeout(GONE_TIMEOUT):
+                await self._process.gone()
+        except TimeoutError:
+            log.error("sandbox %s: process %d does not end", self.id, self._process.pid)
+        self._link.close(self.failure or STOPPED)
+        self._process.close()
+        self._logbook.system(f"sandbox ended: {self.failure}")
+        self._logbook.close()
+        await self._on_gone(self)
+
+    async def stop(self, grace: float = 5.0) -> None:
+        """End every process of the sandbox: by asking, for `grace` seconds, then by force. Idempotent; the session's folder stays."""
+        self._is_stopping = True
+        self.failure = self.failure or STOPPED
+        try:
+            if grace > 0 and not self._gone.is_set():
+                await self._ask_to_end(grace)
+        finally:
+            if not self._gone.is_set():
+                self._process.kill()
+                await asyncio.shield(self._gone.wait())
+
+    async def _ask_to_end(self, grace: float) -> None:
+        try:
+            async with asyncio.timeout(grace):
+                await self._link.tell("shutdown")
+                await self._gone.wait()
+        except (TimeoutError, SandboxFailed):
+            self._process.terminate()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TERMINATE_GRACE):
+                    await self._gone.wait()
+
+
+class Sandboxes:
+    """Every sandbox of this server, and a pool of warm ones. An async context manager: leaving it stops them all.
+
+    `on_open(id, socket_path)` is awaited before a bridge starts, `on_close(id)` after its sandbox is gone. A host that cannot
+    isolate agents is no reason not to start: `claim` then raises IsolationUnavailable, and `status` says why.
+    """
+
+    def __init__(
+        self, *, data_dir: str, isolation: str, limits: Limits, warm: int, maximum: int, start_timeout: float, orphan_timeout: float,
+        python: str = "", cgroup_root: str = "", bridge_source: str | None = None, on_open: OnOpen, on_close: OnClose,
+    ) -> None:  # fmt: skip
+        self._kind, self._limits, self._maximum = isolation, limits, maximum
+        # Without mounts a bridge holds the path of its folder, which must not change under it: nothing to keep warm.
+        self._wanted = min(warm, maximum) if isolation == "bwrap" else 0
+        self._start_timeout, self._orphan_timeout = start_timeout, orphan_timeout
+        self._python, self._cgroup_root, self._bridge_source = python, cgroup_root, bridge_source
+        self._on_open, self._on_close = on_open, on_close
+        self._folders, self._uids = Folders(os.path.abspath(data_dir)), Uids(data_dir)
+        self._isolation: Isolation | None = None
+        self._unavailable = ""
+        self._preparing = asyncio.Lock()
+        self._starts = asyncio.Semaphore(CONCURRENT_STARTS)
+        self._alive: dict[str, Sandbox] = {}
+        self._warm: deque[Sandbox] = deque()
+        self._starting: set[str] = set()
+        self._last_failure = ""
+        self._refill = asyncio.Event()
+        self._tasks = Tasks()
+        self._replenisher: asyncio.Task[None] | None = None
+        self._is_closing = False
+
+    async def __aenter__(self) -> Sandboxes:
+        await asyncio.to_thread(self._folders.open)
+        try:
+            await asyncio.to_thread(self._uids.scan, self._folders.sessions)
+            with contextlib.suppress(IsolationUnavailable):
+                await self._require_isolation()
+        except BaseException:
+            self._folders.close()
+            raise
+        for warning in self.status().warnings:
+            log.warning(warning)
+        if self._wanted:
+            self._replenisher = self._tasks.start(self._replenish(), "replenish warm sandboxes")
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._is_closing = True
+        if self._replenisher is not None:
+            self._replenisher.cancel()
+            await asyncio.gather(self._replenisher, return_exceptions=True)
+        await asyncio.gather(*(sandbox.stop(grace=2.0) for sandbox in list(self._alive.values())), return_exceptions=True)
+        await self._tasks.cancel()
+        if self._isolation is not None:
+            self._isolation.close()
+        self._folders.close()
+
+    async def _require_isolation(self) -> Isolation:
+        """How sandboxes are started. A host that could not is asked again: what was missing may have been installed."""
+        async with self._preparing:
+            if self._isolation is None:
+                try:
+                    self._isolation = await prepare(
+                        self._kind, self._folders, self._limits, self._python, self._cgroup_root, self._bridge_source
+                    )
+                except IsolationUnavailable as error:
+                    self._unavailable = str(error)
+                    raise
+                self._refill.set()
+            return self._isolation
+
+    def status(self) -> PoolStatus:
+        isolation, warm = self._isolation, len(self._warm)
+        starting, running = len(self._starting), len(self._alive.keys() - self._starting) - warm
+        kind = isolation.kind if isolation is not None else "unavailable"
+        limits = isolation.describe_limits() if isolation is not None else {}
+        warnings = isolation.warnings() if isolation is not None else [self._unavailable]
+        if self._last_failure:
+            warnings.append(f"The last start of a warm sandbox failed: {self._last_failure}")
+        return PoolStatus(warm + starting + running, warm, starting, running, self._maximum, kind, limits, warnings)
+
+    # Claiming
+
+    async def claim(self, spec: SandboxSpec) -> Sandbox:
+        """A sandbox on the session's folder, ready for `init`. Raises CapacityReached, IsolationUnavailable, SandboxFailed."""
+        if self._is_closing:
+            raise SandboxFailed("the server is shutting down")
+        await self._require_isolation()
+        while spec.fresh and self._warm:
+            sandbox = self._warm.popleft()
+            self._refill.set()
+            if await self._settle(sandbox, spec):
+                return sandbox
+        return await self._start_cold(spec)
+
+    async def _settle(self, sandbox: Sandbox, spec: SandboxSpec) -> bool:
+        """Make a warm sandbox that of a session. False when it has died meanwhile."""
+        if sandbox.failure is not None:
+            return False
+        try:
+            await asyncio.to_thread(self._move_in, sandbox.place, spec)
+        except BaseException:  # whatever went wrong, a half-filled sandbox must not live on
+            await asyncio.shield(sandbox.stop(grace=0))
+            raise
+        sandbox.place = sandbox.place._replace(folder=spec.session_dir)
+        if sandbox.failure is not None:
+            await asyncio.to_thread(folders.remove_tree, spec.session_dir)
+            return False
+        return True
+
+    def _move_in(self, place: Place, spec: SandboxSpec) -> None:
+        self._folders.claim_slot(place.folder, spec.session_dir)
+        folders.fill(spec.session_dir, spec.agent_dir, place.uid, fresh=True, link=True)
+
+    async def _start_cold(self, spec: SandboxSpec) -> Sandbox:
+        id = models.new_id()
+        self._reserve()
+        self._starting.add(id)
+        try:
+            uid = await asyncio.to_thread(self._make_folder, spec)
+            return await self._start(id, spec.session_dir, uid)
+        except BaseException:  # a fresh session that does not come to be leaves no folder, whatever went wrong
+            if spec.fresh:
+                await asyncio.shield(asyncio.to_thread(folders.remove_tree, spec.session_dir))
+            raise
+        finally:
+            self._starting.discard(id)
+            self._refill.set()
+
+    def _make_folder(self, spec: SandboxSpec) -> int | None:
+        """The session's folder, ready to be mounted, and the uid it belongs to."""
+        uid = None
+        if self._uses_uids:
+            owner = None if spec.fresh else folders.find_owner(spec.session_dir)
+            uid = owner if owner is not None else self._uids.take()
+            self._uids.reserve(uid)
+        try:
+            self._folders.make_session_dir(spec.session_dir, uid)
+            if uid is not None and folders.find_owner(spec.session_dir) != uid:
+                folders.adopt(spec.session_dir, uid)
+        except OSError as error:
+            raise SandboxFailed(f"the session's folder cannot be used: {error.strerror}") from error
+        folders.fill(spec.session_dir, spec.agent_dir, uid, fresh=spec.fresh, link=self._kind == "bwrap")
+        return uid
+
+    @property
+    def _uses_uids(self) -> bool:
+        return self._isolation is not None and self._isolation.is_root
+
+    def _reserve(self) -> None:
+        """Room for one more: a warm sandbox gives way to a session. Raises CapacityReached."""
+        if len(self._alive.keys() | self._starting) < self._maximum:
+            return
+        if not self._warm:
+            raise CapacityReached(
+                f"Sandbox capacity reached: all {self._maximum} are in use. End or pause a session, or raise max_sandboxes"
+            )
+        victim = self._warm.popleft()
+        self._alive.pop(victim.id, None)
+        _ = self._tasks.start(victim.stop(grace=0), f"evict warm sandbox {victim.id}")
+
+    # Warm sandboxes
+
+    async def _replenish(self) -> None:
+        """Keep the pool full. A start that fails is tried again, later and later."""
+        failures = 0
+        while True:
+            self._refill.clear()
+            if self._isolation is None or len(self._warm) >= self._wanted or len(self._alive.keys() | self._starting) >= self._maximum:
+                await self._refill.wait()
+                continue
+            try:
+                self._warm.append(await self._start_warm())
+                failures, self._last_failure = 0, ""
+            except (AshError, OSError) as error:
+                self._last_failure = str(error)
+                log.warning("a warm sandbox did not start: %s", error)
+                await asyncio.sleep(RETRY_DELAYS[min(failures, len(RETRY_DELAYS) - 1)])
+                failures += 1
+
+    async def _start_warm(self) -> Sandbox:
+        id = models.new_id()
+        slot = os.path.join(self._folders.slots, id)
+        uid = self._uids.take() if self._uses_uids else None
+        self._starting.add(id)
+        try:
+            await asyncio.to_thread(self._folders.make_session_dir, slot, uid)
+            return await self._start(id, slot, uid)
+        except BaseException:  # whatever went wrong, the slot goes
+            await asyncio.shield(asyncio.to_thread(self._remove_slot, slot, uid))
+            raise
+        finally:
+            self._starting.discard(id)
+
+    def _remove_slot(self, slot: str, uid: int | None) -> None:
+        folders.remove_tree(slot)
+        if uid is not None:
+            self._uids.release(uid)
+
+    # Starting one
+
+    async def _start(self, id: str, folder: str, uid: int | None) -> Sandbox:
+        """Start a sandbox on a folder that is ready. Raises SandboxFailed with what it said."""
+        isolation = await self._require_isolation()
+        async with self._starts:
+            place = await self._open_place(isolation, id, folder, uid)
+            logbook = Logbook(os.path.join(folder, folders.LOG_FILE))
+            sandbox = None
+            try:
+                async with asyncio.timeout(self._start_timeout):
+                    sandbox = await self._launch(isolation, id, place, logbook)
+                    await sandbox.ready()
+            except BaseException as error:  # whatever went wrong, nothing of a failed start stays
+                tail = logbook.tail()
+                await asyncio.shield(sandbox.stop(grace=0) if sandbox is not None else self._close_place(id, place, logbook))
+                if isinstance(error, TimeoutError | SandboxFailed):
+                    raise _start_error(error, tail, self._start_timeout) from error
+                raise
+        logbook.system("sandbox started")
+        return sandbox
+
+    async def _open_place(self, isolation: Isolation, id: str, folder: str, uid: int | None) -> Place:
+        socket_path = self._folders.socket_path(id, "gw", "gateway.sock")
+        place = Place(uid, None, folder, self._folders.run_dir(id), socket_path)
+        try:
+            self._folders.make_run_dir(id, uid)
+            await self._on_open(id, socket_path)
+            if isolation.cgroups is not None:
+                place = place._replace(cgroup=isolation.cgroups.create(id, self._limits))
+        except BaseException:  # whatever went wrong, nothing of a failed start stays
+            await asyncio.shield(self._close_place(id, place, None))
+            raise
+        return place
+
+    async def _launch(self, isolation: Isolation, id: str, place: Place, logbook: Logbook) -> Sandbox:
+        bridge_path = self._folders.socket_path(id, "bridge.sock")
+        popen, info_fd = self._spawn(isolation, place, bridge_path, logbook)
+        try:
+            pid = popen.pid if info_fd is None else await launch.find_init(info_fd)
+            process = Process(popen, pid, place.cgroup, has_namespace=info_fd is not None)
+            link = await Link.open(bridge_path, logbook.report)
+        except BaseException as error:  # whatever went wrong, the processes go
+            launch.abandon(popen)
+            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                raise SandboxFailed("the agent's process ended at once") from error
+            raise
+        sandbox = Sandbox(id, place, process, link, logbook, self._on_gone)
+        self._alive[id] = sandbox
+        _ = self._tasks.start(sandbox.live(), f"sandbox {id}")
+        _write_handle(sandbox.handle)
+        return sandbox
+
+    def _spawn(self, isolation: Isolation, place: Place, bridge_path: str, logbook: Logbook) -> tuple[subprocess.Popen[bytes], int | None]:
+        """The process, and the pipe on which bubblewrap says which one is the sandbox's first."""
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(_listen(bridge_path))
+            fds, info, reader = [listener.fileno()], -1, None
+            if isolation.kind == "bwrap":
+                reader, info = os.pipe()
+                stack.callback(os.close, info)
+                fds.append(info)
+            elif place.gateway_socket.startswith("/proc/self/fd/"):
+                fds.append(self._folders.run_fd)
+            argv = isolation.command(place, listener.fileno(), info, self._orphan_timeout)
+            return launch.spawn(argv, isolation.environment(place), fds, logbook.fd), reader
+
+    # Ending one
+
+    async def _on_gone(self, sandbox: Sandbox) -> None:
+        """Take back what a sandbox had. An unclaimed slot goes with it; a session's folder stays."""
+        self._alive.pop(sandbox.id, None)
+        with contextlib.suppress(ValueError):
+            self._warm.remove(sandbox)
+        await self._close_place(sandbox.id, sandbox.place, None)
+        if os.path.dirname(sandbox.place.folder) == self._folders.slots:
+            await asyncio.to_thread(self._remove_slot, sandbox.place.folder, sandbox.place.uid)
+        self._refill.set()
+
+    async def _close_place(self, id: str, place: Place, logbook: Logbook | None) -> None:
+        if logbook is not None:
+            logbook.close()
+        try:
+            await self._on_close(id)
+        except Exception:  # the edge to another part: its failure must not keep what is ours
+            log.exception("sandbox %s: closing its gateway failed", id)
+        await asyncio.to_thread(folders.remove_tree, place.run_dir)
+        if place.cgroup is not None and not await asyncio.to_thread(cgroups.remove, place.cgroup):
+            log.warning("sandbox %s: its cgroup could not be removed", id)
+
+    # What others left
+
+    async def copy_folder(self, source: str, target: str) -> None:
+        """A second session's folder with a copy of the first one's files, for a fork. Follows no link."""
+        uid = self._uids.take() if self._kind == "bwrap" and os.geteuid() == 0 else None
+        await asyncio.to_thread(folders.copy_session, source, target, uid)
+
+    async def reap(self, handles: Iterable[SandboxHandle]) -> int:
+        """End the sandboxes that a dead server left, and remove their run folders, slots and cgroups. Returns how many were alive.
+
+        A sandbox is ended only if pid and start time are still those of its handle, and never while the server that
+        started it lives.
+        """
+        found = {handle.id: handle for handle in handles}
+        spared = set()
+        for id, (handle, is_owned) in (await asyncio.to_thread(_read_handles, self._folders.run)).items():
+            found[id] = handle
+            if is_owned:
+                spared.add(id)
+        left = [handle for id, handle in found.items() if id not in self._own_ids() | spared]
+        ended = await asyncio.gather(*(launch.end_leftover(handle.pid, handle.start_time, self._own_cgroup(handle)) for handle in left))
+        await asyncio.to_thread(self._sweep, spared)
+        return sum(ended)
+
+    def _own_ids(self) -> set[str]:
+        return set(list(self._alive)) | set(self._starting)
+
+    def _own_cgroup(self, handle: SandboxHandle) -> str | None:
+        tree = self._isolation.cgroups if self._isolation is not None else None
+        return handle.cgroup if tree is not None and handle.cgroup is not None and tree.owns(handle.cgroup) else None
+
+    def _sweep(self, spared: set[str]) -> None:
+        """Looks first and asks afterwards whose it is: an id counts as ours before its first folder is made."""
+        isolation = self._isolation
+        tree = isolation.cgroups if isolation is not None else None
+        paths = [path for folder in (self._folders.run, self._folders.slots) for path in folders.subfolders(folder)]
+        groups = list(tree.leftovers()) if tree is not None else []
+        keep = self._own_ids() | spared
+        for path in paths:
+            if os.path.basename(path) not in keep and not bundle.is_shared(path):
+                folders.remove_tree(path)
+        for path in groups:
+            if os.path.basename(path).removeprefix(cgroups.PREFIX) not in keep:
+                cgroups.kill(path)
+                cgroups.remove(path)
+        if isolation is not None:
+            bundle.prune(self._folders.run, isolation.shared_files())
+
+
+def _listen(path: str) -> socket.socket:
+    """The server binds the bridge's socket, so that nothing inside can put another in its place."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(path)
+        os.chmod(path, 0o600)
+        listener.listen(4)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _start_error(error: TimeoutError | SandboxFailed, tail: str, timeout: float) -> SandboxFailed:
+    """Why a sandbox did not start, with the last that it printed."""
+    why = str(error) if isinstance(error, SandboxFailed) else f"the sandbox was not ready within {timeout:g} s"
+    return SandboxFailed(why if not tail or tail.splitlines()[-1] in why else f"{why}: {tail}")
+
+
+def _write_handle(handle: SandboxHandle) -> None:
+    """Beside the sockets, for the next server: warm sandboxes stand in no session's record."""
+    content = {**handle._asdict(), "server": [os.getpid(), launch.find_start_time(os.getpid())]}
+    with open(os.path.join(handle.run_dir, HANDLE_FILE), "w", encoding="utf-8") as file:
+        json.dump(content, file)
+
+
+def _read_json(path: str) -> Any:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _read_handles(run: str) -> dict[str, tuple[SandboxHandle, bool]]:
+    """Every handle found under run/, and whether the server that wrote it is alive."""
+    found = {}
+    for id in os.listdir(run):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            content = _read_json(os.path.join(run, id, HANDLE_FILE))
+            pid, start_time = content.pop("server")
+            found[id] = (SandboxHandle(**content), launch.find_start_time(pid) == start_time)
+    return found

@@ -1,0 +1,250 @@
+"""The server: wires the parts in layer order, puts the routes over them, and runs them until it is told to stop.
+
+`create_app` gives the application; `run` is the whole life of a server process. It decides nothing about agents or sessions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+from aiohttp import web
+
+from ash import __version__, models
+from ash.agents import Agents
+from ash.auth import GUARD, Guard, authenticate
+from ash.config import Config
+from ash.errors import ConfigError
+from ash.events import EventLog
+from ash.gateway import Gateway
+from ash.keys import Keys
+from ash.routes import agents, answers, api_keys, health, messages, sessions
+from ash.routes.parts import PARTS, Parts
+from ash.sandbox import Limits, Sandboxes
+from ash.sessions import Sessions
+from ash.store import Store
+
+log = logging.getLogger(__name__)
+
+_ANSWER_TIMEOUT = 5.0
+"""Seconds that requests other than turns get to finish when the server stops."""
+CONFIG: web.AppKey[Config] = web.AppKey("config", Config)
+_RESOURCES = (agents, sessions, messages, health, api_keys)
+_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+
+
+def create_app(config: Config) -> web.Application:
+    """The application. Its parts open when it starts and close, in reverse order, when it is cleaned up."""
+    origins = answers.Origins(config.allowed_origins)
+    # Bodies are read by `requests.read_json`, each with the limit of its route: aiohttp's own limit is not used.
+    app = web.Application(middlewares=[answers.answer_errors, origins.middleware(), authenticate])
+    for resource in _RESOURCES:
+        app.add_routes(resource.ROUTES)
+    app[CONFIG] = config
+    app.cleanup_ctx.append(_open_parts)
+    app.on_shutdown.append(_end_turns)
+    app.on_response_prepare.append(origins.add_headers)
+    return app
+
+
+
+async def _open_parts(app: web.Application) -> AsyncIterator[None]:
+    config, started = app[CONFIG], time.monotonic()
+    # Sandboxes of a server that is root have uids of their own, which must be able to reach their folders in here.
+    await asyncio.to_thread(os.makedirs, config.data_dir, 0o711 if os.geteuid() == 0 else 0o700, exist_ok=True)
+    with _locked(config.data_dir):
+        async with (
+            Store(os.path.join(config.data_dir, "ash.db")) as store,
+            EventLog(store) as event_log,
+            Gateway(config, on_usage=store.add_usage) as gateway,
+            _sandboxes(config, gateway) as sandboxes,
+        ):
+            keys = Keys(store)
+            if not config.api_key:
+                await keys.bootstrap(config.data_dir)
+            agents_dir = os.path.join(config.data_dir, "agents")
+            found = Agents(store, agents_dir, max_bytes=config.max_agent_mb * 1024 * 1024, max_files=config.max_agent_files)
+            async with Sessions(
+                store=store, log=event_log, agents=found, gateway=gateway, sandboxes=sandboxes, config=config
+            ) as live_sessions:
+                app[PARTS] = Parts(config, store, event_log, keys, found, gateway, sandboxes, live_sessions, started)
+                app[GUARD] = Guard(config, keys)
+                yield
+
+
+def _sandboxes(config: Config, gateway: Gateway) -> Sandboxes:
+    return Sandboxes(
+        data_dir=config.data_dir,
+        isolation=config.sandbox,
+        limits=Limits(config.memory_mb, config.cpu_percent, config.max_processes, config.max_file_mb),
+        warm=config.warm_sandboxes,
+        maximum=config.max_sandboxes,
+        start_timeout=config.start_timeout,
+        orphan_timeout=config.orphan_timeout,
+        python=config.sandbox_python,
+        cgroup_root=config.cgroup_root,
+        on_open=gateway.open,
+        on_close=gateway.close,
+    )
+
+
+async def _end_turns(app: web.Application) -> None:
+    """End the turns first, so that every stream gets its `done`, and only then let the streams go."""
+    if PARTS in app:
+        await app[PARTS].sessions.drain()
+        app[PARTS].log.close_followers()
+
+
+@contextmanager
+def _locked(data_dir: str) -> Iterator[None]:
+    """Keep a second server off this data folder: it would take the first one's sandboxes for remains and end them."""
+    with open(os.path.join(data_dir, "server.lock"), "a", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another Ash server{_running_server(data_dir)} uses the data folder {data_dir}; stop it, or choose another --data-dir"
+            ) from error
+        yield
+
+
+def _running_server(data_dir: str) -> str:
+    try:
+        with open(_card_path(data_dir), encoding="utf-8") as card:
+            found = json.load(card)
+            return f" (pid {found['pid']}, {found['url']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+# The life of a server process
+
+
+def run(config: Config) -> None:
+    """Serve until SIGTERM, SIGINT or SIGHUP. Raises ConfigError when the server cannot start as configured."""
+    logging.basicConfig(
+        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s.%(msecs)03d %(levelname)s %(name)s: %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+    )  # fmt: skip
+    sockets = bind(config.host, config.port)
+    try:
+        asyncio.run(_serve(config, sockets))
+    finally:
+        for listener in sockets:
+            listener.close()
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets on every address of `host`, all on one port; not yet listening. Raises ConfigError that says why not."""
+    bound: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, address in dict.fromkeys((family, str(address[0])) for family, _, _, _, address in found):
+            try:
+                bound.append(_bind_one(family, address, bound[0].getsockname()[1] if bound else port))
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL or address == host:  # a name may stand for IPv6, which is not everywhere
+                    raise
+    except OSError as error:
+        for listener in bound:
+            listener.close()
+        raise ConfigError(_explain(error, host, port)) from error
+    if not bound:
+        raise ConfigError(f"cannot listen on {host}: this machine has none of its addresses")
+    return bound
+
+
+def _bind_one(family: int, address: str, port: int) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind((address, port))
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _explain(error: OSError, host: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is taken; stop the program that has it, or choose another with --port"
+    if error.errno == errno.EACCES:
+        return f"port {port} on {host} is reserved for root; choose one from 1024 up with --port"
+    return f"cannot listen on {host}, port {port}: {error.strerror}"
+
+
+async def _serve(config: Config, sockets: list[socket.socket]) -> None:
+    stopped = _stop_on_signals()
+    runner = web.AppRunner(create_app(config), access_log=None, shutdown_timeout=_ANSWER_TIMEOUT)
+    try:
+        await runner.setup()
+        for listener in sockets:
+            await web.SockSite(runner, listener, backlog=1024).start()
+        with _announced(config, sockets[0].getsockname()[1]) as url:
+            _greet(config, runner.app, url)
+            log.info("stopping: %s", await stopped)
+            await runner.cleanup()
+    finally:
+        await runner.cleanup()  # for a start that failed; otherwise there is nothing left to do
+
+
+def _stop_on_signals() -> asyncio.Future[str]:
+    """Done at the first signal to stop. The second one is no longer caught, and ends the process at once."""
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[str] = loop.create_future()
+    caught = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+
+    def stop(name: str) -> None:
+        for number in caught:
+            loop.remove_signal_handler(number)
+        stopped.set_result(name)
+
+    for number in caught:
+        loop.add_signal_handler(number, stop, number.name)
+    return stopped
+
+
+def _card_path(data_dir: str) -> str:
+    return os.path.join(data_dir, "server.json")
+
+
+@contextmanager
+def _announced(config: Config, port: int) -> Iterator[str]:
+    """server.json while the server listens: how commands on this machine find it. Gives the server's URL."""
+    host = _WILDCARDS.get(config.host, config.host)
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    card = {"pid": os.getpid(), "host": config.host, "port": port, "url": url, "version": __version__, "startedAt": models.now()}
+    path = _card_path(config.data_dir)
+    fresh = f"{path}.{os.getpid()}"
+    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        json.dump(card, file)
+    os.replace(fresh, path)
+    try:
+        yield url
+    finally:
+        os.unlink(path)
+
+
+def _greet(config: Config, app: web.Application, url: str) -> None:
+    """What the person at the terminal wants to know. The key itself is never shown."""
+    lines = [f"Ash {__version__} listens on {url}"]
+    key_file = os.path.join(config.data_dir, "initial-api-key")
+    if os.path.exists(key_file):
+        lines.append(f"The API key is in {key_file}")
+    if app[GUARD].trusts_local:
+        lines.append("Your own programs on this machine need no key (--auth local)")
+    lines += [f"WARNING: {warning}" for warning in health.warnings(app[PARTS], app[GUARD].trusts_local)]
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,85 @@
+"""/health and /metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from ash import __version__
+from tests import fakes
+from tests.harness import Server, eventually
+
+POOL = {"total", "cold", "warming", "warm", "waiting", "running", "maxCapacity", "resumeWarmHits", "resumeColdHits", "preWarmHits"}
+
+
+async def test_health_has_what_typed_clients_need_and_says_how_the_server_runs(server: Server) -> None:
+    health = await server.call("GET", "/health", expect=200)
+    assert (health["status"], health["version"], health["auth"]) == ("ok", __version__, "local")
+    assert health["pool"].keys() == POOL
+    assert all(isinstance(health[name], int) for name in ("activeSessions", "activeSandboxes", "uptime", "remoteRunners"))
+    assert all(isinstance(count, int) for count in health["pool"].values())
+    assert health["limits"]
+    assert health["model"]["provider"] == "offline"
+
+
+async def test_health_counts_sessions_and_sandboxes(server: Server) -> None:
+    server.sandboxes.script = fakes.wait
+    id = await server.session()
+    await server.session()
+    await server.parts.sessions.send("default", id, "hi", {})
+    health = await server.call("GET", "/health")
+    assert (health["activeSessions"], health["activeSandboxes"]) == (2, 2)
+    assert (health["pool"]["total"], health["pool"]["running"], health["pool"]["waiting"]) == (2, 1, 1)
+
+
+async def test_running_without_isolation_is_a_warning(start_server: Callable[..., Awaitable[Server]]) -> None:
+    server = await start_server(sandbox="none")
+    warnings = (await server.call("GET", "/health"))["warnings"]
+    assert any("--sandbox none" in warning for warning in warnings)
+    assert any("--auth always" in warning for warning in warnings)
+
+
+async def metrics(server: Server) -> dict[str, float]:
+    async with server.http.get(server.url + "/metrics") as answer:
+        assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        lines = (await answer.text()).splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
+async def test_metrics_count_what_happened(server: Server) -> None:
+    id = await server.session()
+    await server.frames(id)
+    server.sandboxes.script = fakes.fail
+    await server.frames(id)
+    await server.call("POST", f"/api/sessions/{await server.session()}/pause")
+    await server.parts.store.add_usage(id, {"model": "m", "input_tokens": 7, "output_tokens": 3})
+    found = await metrics(server)
+    assert found['ash_turns_total{status="completed"}'] == found['ash_turns_total{status="failed"}'] == 1
+    assert found["ash_turns_started_total"] == 2
+    assert (found["ash_active_sessions"], found['ash_sessions{status="paused"}']) == (1, 1)
+    assert (found['ash_tokens_total{kind="input"}'], found['ash_tokens_total{kind="output"}']) == (7, 3)
+
+
+async def test_a_session_that_wakes_is_counted(server: Server) -> None:
+    id = await server.session()
+    await server.call("POST", f"/api/sessions/{id}/stop")
+    await server.call("POST", f"/api/sessions/{id}/resume")
+    await eventually(lambda: len(server.sandboxes.claimed) == 2)
+    found = await metrics(server)
+    assert found['ash_resume_total{path="cold"}'] == found['ash_resume_cold_total{source="local"}'] == 1
+
+
+async def test_every_metric_is_described_once(server: Server) -> None:
+    async with server.http.get(server.url + "/metrics") as answer:
+        lines = (await answer.text()).splitlines()
+    described = [line.split()[2] for line in lines if line.startswith("# TYPE")]
+    assert len(described) == len(set(described))
+    samples = {line.partition("{")[0].partition(" ")[0] for line in lines if not line.startswith("#")}
+    assert samples == set(described)
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics"])
+async def test_a_head_request_gets_no_body(server: Server, path: str) -> None:
+    async with server.http.head(server.url + path) as answer:
+        assert (answer.status, await answer.read()) == (200, b"")

@@ -1,0 +1,246 @@
+"""Sessions and turns over a real store and log, with sandboxes that play scripts: every turn ends once, and nothing is forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from ash import models
+from ash.config import Config
+from ash.errors import CapacityReached, InvalidRequest, SandboxFailed, SessionEnded, TurnRunning
+from ash.models import DEFAULT_TENANT, Event
+from tests import fakes
+from tests.harness import Server, eventually, serving
+
+Start = Callable[..., Awaitable[Server]]
+
+
+async def log_of(server: Server, id: str) -> list[Event]:
+    return await server.parts.log.read(id)
+
+
+async def turn(server: Server, id: str, content: str = "Hello", **options: object) -> list[Event]:
+    """The events of one turn, up to its end."""
+    started = await server.parts.sessions.send(DEFAULT_TENANT, id, content, dict(options))
+    return await rest_of_turn(server, id, started.first_seq)
+
+
+async def rest_of_turn(server: Server, id: str, first_seq: int) -> list[Event]:
+    events: list[Event] = []
+    async with asyncio.timeout(5):
+        async for batch in server.parts.log.follow(id, first_seq - 1):
+            for event in batch:
+                events.append(event)
+                if event.type == models.TURN_ENDED:
+                    return events
+    return events
+
+
+def ending(events: list[Event]) -> tuple[str, str | None]:
+    """How a turn ended, and the error it gave before."""
+    errors = [event.data["error"] for event in events if event.type == models.TURN_FAILED]
+    assert [event.type for event in events].count(models.TURN_ENDED) == 1
+    assert len(errors) <= 1
+    return events[-1].data["status"], errors[0] if errors else None
+
+
+async def test_a_turn_is_logged_from_its_first_event_to_its_one_last(start_server: Start) -> None:
+    server = await start_server()
+    events = await turn(server, await server.session())
+    assert events[0].type == models.TURN_STARTED
+    assert [event.seq for event in events] == list(range(events[0].seq, events[0].seq + len(events)))
+    assert ending(events) == ("completed", None)
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "words"),
+    [(fakes.fail, "failed", "the model refused"), (fakes.die, "failed", "signal 9")],
+)
+async def test_a_failing_turn_gives_its_reason_and_leaves_the_session_usable(
+    start_server: Start, script: fakes.Script, status: str, words: str
+) -> None:
+    server = await start_server()
+    id = await server.session()
+    server.sandboxes.script = script
+    ended, error = ending(await turn(server, id))
+    assert (ended, words in str(error)) == (status, True)
+    server.sandboxes.script = fakes.echo
+    assert ending(await turn(server, id)) == ("completed", None)
+
+
+async def test_a_second_message_during_a_turn_is_refused(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    server.sandboxes.script = fakes.wait
+    first = await server.parts.sessions.send(DEFAULT_TENANT, id, "one", {})
+    with pytest.raises(TurnRunning, match="already running"):
+        await server.parts.sessions.send(DEFAULT_TENANT, id, "two", {})
+    await eventually(lambda: server.sandboxes.claimed[0].queries)
+    server.sandboxes.claimed[0].proceed.set()
+    assert ending(await rest_of_turn(server, id, first.first_seq))[0] == "completed"
+
+
+async def test_of_two_messages_at_once_exactly_one_runs(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    sends = (server.parts.sessions.send(DEFAULT_TENANT, id, str(n), {}) for n in range(2))
+    results = await asyncio.gather(*sends, return_exceptions=True)
+    assert sorted(type(result).__name__ for result in results) == ["Turn", "TurnRunning"]
+
+
+async def test_the_next_message_may_follow_done_at_once(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    for _ in range(30):
+        assert ending(await turn(server, id))[0] == "completed"
+
+
+async def test_interrupt_ends_the_turn(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    server.sandboxes.script = fakes.wait
+    started = await server.parts.sessions.send(DEFAULT_TENANT, id, "long", {})
+    await eventually(lambda: server.sandboxes.claimed[0].queries)
+    assert await server.parts.sessions.interrupt(DEFAULT_TENANT, id)
+    assert ending(await rest_of_turn(server, id, started.first_seq)) == ("interrupted", None)
+    assert not await server.parts.sessions.interrupt(DEFAULT_TENANT, id), "there is nothing left to interrupt"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"hang_timeout": 1.0}, "no sign of life"), ({"turn_timeout": 1.0}, "turn_timeout")],
+)
+async def test_a_turn_that_does_not_end_is_ended(start_server: Start, settings: dict[str, float], words: str) -> None:
+    server = await start_server(**settings)
+    id = await server.session()
+    server.sandboxes.script = fakes.wait
+    status, error = ending(await turn(server, id))
+    assert (status, words in str(error)) == ("failed", True)
+
+
+async def test_pause_gives_up_the_sandbox_and_resume_brings_the_conversation_back(start_server: Start) -> None:
+    server = await start_server()
+    sessions = server.parts.sessions
+    id = await server.session(systemPrompt="Be kind.", extraEnv={"COLOUR": "red"}, allowedTools=["Read"])
+    await turn(server, id, "first")
+    assert (await sessions.pause(DEFAULT_TENANT, id)).status == "paused"
+    await eventually(lambda: server.sandboxes.claimed[0].is_gone)
+    with pytest.raises(InvalidRequest, match="Session is paused; resume it"):
+        await sessions.send(DEFAULT_TENANT, id, "too early", {})
+    assert (await sessions.resume(DEFAULT_TENANT, id)).status == "active"
+    await turn(server, id, "second")
+    _, options, transcript = server.sandboxes.claimed[1].inits[-1]
+    assert [message["content"] for message in transcript if message["role"] == "user"] == ["first"]
+    assert (options["systemPrompt"], options["env"], options["allowedTools"]) == ("Be kind.", {"COLOUR": "red"}, ["Read"])
+
+
+async def test_ending_a_session_during_a_turn_interrupts_it(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    server.sandboxes.script = fakes.wait
+    started = await server.parts.sessions.send(DEFAULT_TENANT, id, "long", {})
+    assert (await server.parts.sessions.end(DEFAULT_TENANT, id)).status == "ended"
+    assert ending(await rest_of_turn(server, id, started.first_seq))[0] == "interrupted"
+    assert (await server.parts.sessions.end(DEFAULT_TENANT, id)).status == "ended", "ending again changes nothing"
+    with pytest.raises(SessionEnded):
+        await server.parts.sessions.resume(DEFAULT_TENANT, id)
+
+
+async def test_an_idle_session_gives_up_its_sandbox_and_wakes_with_its_next_message(start_server: Start) -> None:
+    server = await start_server(idle_timeout=0.2)
+    id = await server.session()
+    await turn(server, id, "first")
+    await eventually(lambda: server.sandboxes.claimed[0].is_gone)
+    assert (await server.parts.sessions.get(DEFAULT_TENANT, id)).status == "active"
+    assert ending(await turn(server, id, "second"))[0] == "completed"
+    assert [message["content"] for message in server.sandboxes.claimed[1].inits[0][2]][:1] == ["first"]
+    assert "second" not in str(server.sandboxes.claimed[1].inits[0][2]), "the new message is not part of the past"
+
+
+async def test_a_changed_configuration_holds_from_the_next_message(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    await turn(server, id, "first")
+    changed = await server.parts.sessions.update_config(DEFAULT_TENANT, id, {"model": "other", "disallowedTools": ["Bash"]})
+    assert (changed.model, changed.options["disallowedTools"]) == ("other", ["Bash"])
+    await turn(server, id, "second")
+    _, options, transcript = server.sandboxes.claimed[0].inits[-1]
+    assert (options["model"], options["disallowedTools"]) == ("other", ["Bash"])
+    assert transcript[0]["content"] == "first"
+
+
+async def test_a_session_that_cannot_start_says_so_and_is_left_in_error(start_server: Start) -> None:
+    server = await start_server()
+    await server.deploy()
+    server.sandboxes.broken = SandboxFailed("no interpreter")
+    with pytest.raises(SandboxFailed, match="no interpreter"):
+        await server.parts.sessions.create(DEFAULT_TENANT, "helper")
+    [session], _ = await server.parts.sessions.list(DEFAULT_TENANT)
+    assert session.status == "error"
+
+
+async def test_a_wake_that_fails_ends_the_turn_with_its_reason(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    server.sandboxes.claimed[0].vanish("gone")
+    await eventually(lambda: not server.parts.sessions.status()["active_sandboxes"])
+    server.sandboxes.broken = CapacityReached("Sandbox capacity reached")
+    assert ending(await turn(server, id)) == ("failed", "Sandbox capacity reached")
+
+
+async def test_the_next_server_ends_the_turns_that_the_last_one_left(start_server: Start, make_config: Callable[..., Config]) -> None:
+    server = await start_server()
+    id = await server.session()
+    opened = await server.parts.log.append(id, [models.NewEvent(models.TURN_STARTED, {"turnId": "t", "content": "x"})])
+    await server.runner.cleanup()
+    async with serving(make_config()) as next_server:
+        events = await next_server.parts.log.read(id, after=opened[0].seq - 1)
+        status, error = ending(events)
+        assert (status, "server stopped" in str(error)) == ("failed", True)
+        assert ending(await turn(next_server, id))[0] == "completed"
+
+
+async def test_a_stopping_server_ends_its_turns_first(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    server.sandboxes.script = fakes.wait
+    started = await server.parts.sessions.send(DEFAULT_TENANT, id, "long", {})
+    await server.parts.sessions.drain()
+    status, error = ending(await rest_of_turn(server, id, started.first_seq))
+    assert (status, "shutting down" in str(error)) == ("failed", True)
+    with pytest.raises(CapacityReached, match="shutting down"):
+        await server.parts.sessions.send(DEFAULT_TENANT, id, "more", {})
+
+
+async def test_a_fork_has_the_conversation_and_goes_its_own_way(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    await turn(server, id, "shared")
+    fork = await server.parts.sessions.fork(DEFAULT_TENANT, id)
+    assert (fork.status, fork.parent_session_id) == ("paused", id)
+    await server.parts.sessions.resume(DEFAULT_TENANT, fork.id)
+    await turn(server, fork.id, "apart")
+    assert "shared" in str(server.sandboxes.claimed[-1].inits[-1][2])
+    assert "apart" not in str(await log_of(server, id))
+
+
+async def test_a_command_runs_beside_a_turn_and_wakes_a_sleeping_session(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    server.sandboxes.claimed[0].vanish("gone")
+    await eventually(lambda: not server.parts.sessions.status()["active_sandboxes"])
+    result = await server.parts.sessions.exec(DEFAULT_TENANT, id, "ls", timeout=3)
+    assert (result.exit_code, result.stdout) == (0, "ran ls")
+    assert len(server.sandboxes.claimed) == 2
+
+
+async def test_nothing_of_an_ended_session_is_left_in_memory(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    await turn(server, id)
+    await server.parts.sessions.end(DEFAULT_TENANT, id)
+    await eventually(lambda: not server.parts.sessions._live)
+    assert not os.listdir(os.path.join(server.parts.config.data_dir, "run"))
