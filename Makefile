@@ -1,7 +1,7 @@
 # Every target sets up what it needs: .venv with locked packages, bubblewrap, dist/ash.pyz. Nothing outside .venv, dist and
 # the caches is touched, except that bubblewrap and python3-venv are installed when they are missing and you are root.
 
-PYTHON ?= python3
+PYTHON ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 PYZ := dist/ash.pyz

@@ -94,7 +94,7 @@ def _load(name: str, arguments: list[str]) -> int:
         return _call(commands[name], f"ash {name}", arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         listing = "".join(f"  {word:<12} {command.help}\n" for word, command in commands.items())
-        print(f"usage: ash {name} COMMAND …\n\n{listing}", end="", file=sys.stdout if arguments else sys.stderr)  # noqa: T201
+        print(f"usage: ash {name} COMMAND …\n\n{listing}", end="", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
     leading, rest = _split_leading(arguments)
     if not rest or rest[0] not in commands:

@@ -6,9 +6,8 @@ same user, as the kernel says, and must not be the work of a web page or a proxy
 
 from __future__ import annotations
 
-import hmac
+import asyncio
 import os
-from asyncio import BaseTransport
 from collections.abc import Awaitable, Callable
 from weakref import WeakKeyDictionary
 
@@ -35,10 +34,9 @@ class Guard:
 
     def __init__(self, config: Config, keys: Keys) -> None:
         self._keys = keys
-        self._static_key = config.api_key.reveal().encode() if config.api_key else b""
         self.trusts_local = config.auth == "local" and (config.host == "localhost" or peer.is_loopback(config.host))
         self._users = {0, os.geteuid()}
-        self._is_own_user: WeakKeyDictionary[BaseTransport, bool] = WeakKeyDictionary()
+        self._is_own_user: WeakKeyDictionary[asyncio.BaseTransport, bool] = WeakKeyDictionary()
 
     async def check(self, request: web.Request) -> str:
         """The tenant. Raises Unauthorized."""
@@ -56,8 +54,6 @@ class Guard:
         scheme, _, key = header.partition(" ")
         if scheme.lower() != "bearer" or not key or " " in key:
             raise Unauthorized("Invalid Authorization header format")
-        if self._static_key and hmac.compare_digest(key.encode(errors="replace"), self._static_key):
-            return DEFAULT_TENANT
         found = await self._keys.check(key)
         if found is None:
             raise Unauthorized("Invalid API key")
@@ -80,16 +76,22 @@ class Guard:
         if transport is None:
             return False
         if transport not in self._is_own_user:
-            own, other = transport.get_extra_info("sockname"), transport.get_extra_info("peername")
-            are_local = bool(own and other) and peer.is_loopback(own[0]) and peer.is_loopback(other[0])
-            self._is_own_user[transport] = are_local and peer.find_uid(own[:2], other[:2]) in self._users
+            self._is_own_user[transport] = self._ask_kernel(_end(transport, "sockname"), _end(transport, "peername"))
         return self._is_own_user[transport]
+
+    def _ask_kernel(self, own: peer.Address, other: peer.Address) -> bool:
+        return peer.is_loopback(own[0]) and peer.is_loopback(other[0]) and peer.find_uid(own, other) in self._users
+
+
+def _end(transport: asyncio.BaseTransport, name: str) -> peer.Address:
+    address = transport.get_extra_info(name) or ("", 0)
+    return address[0], address[1]
 
 
 def is_direct(request: web.Request) -> bool:
     """Whether a request comes from this very machine without a proxy in between, whoever sends it."""
-    name = request.transport.get_extra_info("peername") if request.transport is not None else None
-    return bool(name) and peer.is_loopback(name[0]) and not _has_proxy_header(request)
+    is_local = request.transport is not None and peer.is_loopback(_end(request.transport, "peername")[0])
+    return is_local and not _has_proxy_header(request)
 
 
 def _has_proxy_header(request: web.Request) -> bool:

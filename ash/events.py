@@ -176,7 +176,7 @@ class EventLog:
     async def follow(self, session_id: str, after: int, *, types: Collection[str] | None = None) -> AsyncGenerator[list[Event], None]:
         """The events after `after`, then each new one as it is committed, in order, without a gap or a repeat.
 
-        Ends when followers are closed. Whoever stops earlier calls `aclose()` (contextlib.aclosing).
+        Ends when followers are closed, even before what is left of the log. Whoever stops earlier calls `aclose()` (contextlib.aclosing).
         """
         with self._joined(session_id) as channel:
             while self._is_followed:

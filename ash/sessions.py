@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ash import __version__, models
 from ash.agents import Agents, check_env
 from ash.config import Config
-from ash.errors import AgentUnusable, AshError, CapacityReached, InvalidRequest, SessionEnded
+from ash.errors import AgentNotFound, AgentUnusable, AshError, CapacityReached, InvalidRequest, SessionEnded
 from ash.events import EventLog
 from ash.gateway import Gateway, ModelAccess
 from ash.models import ACTIVE, ENDED, ERROR, PAUSED, STARTING, STOPPED, Agent, Json, NewEvent, Session
@@ -38,6 +38,12 @@ _NOT_ACTIVE = {
     STARTING: "Session is starting; try again in a moment",
     ENDED: "Session is ended; create a new one",
 }
+
+Transcript = list[Json]
+"""Messages as the model API takes them. Named here, because inside the class `list` is a method."""
+Content = str | list[Any]
+Lines = list[Json]
+Found = tuple[list[Session], int]
 
 
 class Turn(NamedTuple):
@@ -63,7 +69,7 @@ class Sessions:
     async def __aenter__(self) -> Sessions:
         await asyncio.to_thread(os.makedirs, self._sessions_dir, 0o711, True)
         await self._reconcile()
-        self._tasks.start(self._hibernate_idle(), "hibernate idle sessions")
+        _ = self._tasks.start(self._hibernate_idle(), "hibernate idle sessions")
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -115,7 +121,7 @@ class Sessions:
         if options.get("credentialId"):
             raise InvalidRequest("Invalid or inaccessible credential")
         check_env(options.get("extraEnv") or {}, "extraEnv")
-        agent = await self._agents.get(tenant_id, agent_name)
+        agent = await self._agent(tenant_id, agent_name)
         await self._check_folder(agent.name, agent.digest)
         session = self._new_session(agent, model or await self._agent_model(agent.digest), options)
         await self._store.create_session(session)
@@ -129,6 +135,12 @@ class Sessions:
             raise
         await self._record_change(session.id, "created", STARTING, ACTIVE, agentName=agent.name, model=session.model)
         return active or session
+
+    async def _agent(self, tenant_id: str, name: str) -> Agent:
+        try:
+            return await self._agents.get(tenant_id, name)
+        except AgentNotFound as error:
+            raise AgentNotFound(f'Agent "{name}" not found; `ash deploy` makes one') from error
 
     def _new_session(self, agent: Agent, model: str | None, options: Json) -> Session:
         id, moment = models.new_id(), models.now()
@@ -154,7 +166,7 @@ class Sessions:
 
     async def list(
         self, tenant_id: str, *, agent: str | None = None, status: str | None = None, limit: int | None = None, offset: int = 0
-    ) -> tuple[list[Session], int]:
+    ) -> Found:
         return await self._store.list_sessions(tenant_id, agent=agent, status=status, limit=limit, offset=offset)
 
     def live(self, id: str) -> Json:
@@ -176,7 +188,7 @@ class Sessions:
 
     # Turns
 
-    async def send(self, tenant_id: str, id: str, content: str | list[Any], options: Json | None = None) -> Turn:
+    async def send(self, tenant_id: str, id: str, content: Content, options: Json | None = None) -> Turn:
         """Start a turn. Returns once its first event is in the log; the turn then goes on whoever listens.
 
         Raises InvalidRequest when the session is not active and TurnRunning while another turn runs.
@@ -198,7 +210,7 @@ class Sessions:
             live.turn = None
             raise
         self._counters["started"] += 1
-        self._tasks.start(self._run_turn(session, live, turn), f"turn {turn.id}")
+        _ = self._tasks.start(self._run_turn(session, live, turn), f"turn {turn.id}")
         return Turn(turn.id, event.seq)
 
     def _begin(self, session: Session, live: LiveSession, turn: ActiveTurn) -> None:
@@ -252,7 +264,7 @@ class Sessions:
                 live.needs_init = False
             return live.sandbox
 
-    async def _start(self, session: Session, live: LiveSession, *, is_fresh: bool, transcript: list[Json] | None = None) -> Sandbox:
+    async def _start(self, session: Session, live: LiveSession, *, is_fresh: bool, transcript: Transcript | None = None) -> Sandbox:
         spec = SandboxSpec(
             session.id, os.path.join(self._sessions_dir, session.id), self._agents.folder(session.agent_digest), is_fresh
         )  # fmt: skip
@@ -264,7 +276,7 @@ class Sessions:
             await asyncio.shield(sandbox.stop(grace=0))
             raise
         live.sandbox, live.needs_init = sandbox, False
-        self._serving.start(self._serve(live, sandbox), f"sandbox {sandbox.id}")
+        _ = self._serving.start(self._serve(live, sandbox), f"sandbox {sandbox.id}")
         return sandbox
 
     async def _serve(self, live: LiveSession, sandbox: Sandbox) -> None:
@@ -272,7 +284,7 @@ class Sessions:
         await self._store.delete_sandbox(sandbox.id)
         self._forget_if_idle(live)
 
-    async def _init(self, sandbox: Sandbox, session: Session, transcript: list[Json]) -> None:
+    async def _init(self, sandbox: Sandbox, session: Session, transcript: Transcript) -> None:
         model = session.model or self._gateway.default_model()
         self._gateway.bind(sandbox.id, ModelAccess(session.id, session.tenant_id, model))
         agent = {"name": session.agent_name, "version": session.agent_version, "sessionId": session.id}
@@ -286,7 +298,7 @@ class Sessions:
         except AshError:  # the agent was deleted; its sessions go on without its environment
             return {}
 
-    async def _transcript(self, id: str, exclude: ActiveTurn | None) -> list[Json]:
+    async def _transcript(self, id: str, exclude: ActiveTurn | None) -> Transcript:
         events: list[models.Event] = []
         while page := await self._log.read(id, after=events[-1].seq if events else 0, limit=_TRANSCRIPT_PAGE, types=_TRANSCRIPT_TYPES):
             events += page
@@ -361,7 +373,7 @@ class Sessions:
             await live.interrupt(live.turn)
         sandbox, live.sandbox = live.sandbox, None
         if sandbox is not None:
-            self._tasks.start(sandbox.stop(), f"stop sandbox {sandbox.id}")
+            _ = self._tasks.start(sandbox.stop(), f"stop sandbox {sandbox.id}")
 
     async def resume(self, tenant_id: str, id: str) -> Session:
         """Make a paused, stopped or failed session active again; its sandbox starts in the background. No-op when active."""
@@ -376,7 +388,7 @@ class Sessions:
         if resumed is None:
             return await self._store.get_session(tenant_id, id)
         await self._record_change(id, "resumed", session.status, ACTIVE, path="cold", source="local")
-        self._tasks.start(self._wake(resumed), f"wake {id}")
+        _ = self._tasks.start(self._wake(resumed), f"wake {id}")
         return resumed
 
     async def _wake(self, session: Session) -> None:
@@ -416,7 +428,7 @@ class Sessions:
         live.idle_since = time.monotonic()
         return result
 
-    async def logs(self, tenant_id: str, id: str, after: int = -1) -> list[Json]:
+    async def logs(self, tenant_id: str, id: str, after: int = -1) -> Lines:
         """What the session's sandbox wrote beside its events; empty while it has none."""
         await self._store.get_session(tenant_id, id)
         sandbox = self._live[id].sandbox if id in self._live else None

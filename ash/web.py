@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from ash import __version__, models
 from ash.agents import Agents
@@ -69,9 +70,8 @@ async def _open_parts(app: web.Application) -> AsyncIterator[None]:
             Gateway(config, on_usage=store.add_usage) as gateway,
             _sandboxes(config, gateway) as sandboxes,
         ):
-            keys = Keys(store)
-            if not config.api_key:
-                await keys.bootstrap(config.data_dir)
+            keys = Keys(store, config.api_key)
+            await keys.bootstrap(config.data_dir)
             agents_dir = os.path.join(config.data_dir, "agents")
             found = Agents(store, agents_dir, max_bytes=config.max_agent_mb * 1024 * 1024, max_files=config.max_agent_files)
             async with Sessions(
@@ -136,12 +136,19 @@ def run(config: Config) -> None:
         level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s.%(msecs)03d %(levelname)s %(name)s: %(message)s",
         datefmt="%Y-%m-%dT%H:%M:%S",
     )  # fmt: skip
+    logging.getLogger("aiosqlite").setLevel(logging.INFO)  # below that it logs every value it stores, secrets included
+    logging.getLogger("aiohttp.server").addFilter(_is_worth_a_line)
     sockets = bind(config.host, config.port)
     try:
         asyncio.run(_serve(config, sockets))
     finally:
         for listener in sockets:
             listener.close()
+
+
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """False for what a caller got wrong in HTTP itself: it was told, and would fill the log with tracebacks."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 def bind(host: str, port: int) -> list[socket.socket]:

@@ -34,7 +34,9 @@ def make_config(data_dir: str) -> Callable[..., Config]:
 
 
 @pytest.fixture
-async def start_server(make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Callable[..., Awaitable[Server]]]:
+async def start_server(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Callable[..., Awaitable[Server]]]:
     """Starts servers with fake sandboxes, with the settings given; all are stopped after the test."""
     monkeypatch.setattr("ash.web.Sandboxes", fakes.FakeSandboxes)
     async with AsyncExitStack() as stack:

@@ -31,7 +31,8 @@ def text_of(content: Any) -> str:
 def assistant(text: str, **blocks: Any) -> Json:
     content = [{"type": "text", "text": text}, *blocks.get("more", [])]
     usage = {"input_tokens": 3, "output_tokens": 5}
-    message = {"id": "msg_1", "type": "message", "role": "assistant", "model": "fake", "content": content, "stop_reason": "end_turn", "usage": usage}
+    head = {"id": "msg_1", "type": "message", "role": "assistant", "model": "fake"}
+    message = {**head, "content": content, "stop_reason": "end_turn", "usage": usage}
     return {"type": "assistant", "message": message, "parent_tool_use_id": None, "session_id": "", "uuid": models.new_id()}
 
 

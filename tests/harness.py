@@ -6,6 +6,8 @@ The server runs under its own AppRunner: aiohttp's TestServer cancels handlers o
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 import os
 import subprocess
 import sys
@@ -57,7 +59,7 @@ class Server:
 
     async def call(self, method: str, path: str, body: Any = None, *, expect: int | None = None, **options: Any) -> Any:
         """The decoded answer; with `expect`, its status must be that."""
-        async with self.http.request(method, self.url + path, json=body, **options) as answer:
+        async with self.http.request(method, self.url + path, data=encoded(body), **options) as answer:
             decoded = await answer.json() if answer.content_type == "application/json" else await answer.text()
             assert expect is None or answer.status == expect, (answer.status, decoded)
             return decoded
@@ -74,9 +76,13 @@ class Server:
     async def frames(self, id: str, content: Any = "Hello", **options: Any) -> list[Frame]:
         """All frames of a turn."""
         body = {"content": content, **options}
-        async with self.http.post(f"{self.url}/api/sessions/{id}/messages", json=body) as answer:
+        async with self.http.post(f"{self.url}/api/sessions/{id}/messages", data=encoded(body)) as answer:
             assert answer.status == 200, await answer.text()
             return await read_frames(answer)
+
+
+def encoded(body: Any) -> io.BytesIO | None:
+    return None if body is None else io.BytesIO(json.dumps(body).encode())
 
 
 async def read_frames(answer: aiohttp.ClientResponse, until: str | None = None) -> list[Frame]:

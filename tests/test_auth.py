@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
 import pytest
 
+from ash import peer
 from tests.harness import Server, as_nobody, needs_root
 
 Start = Callable[..., Awaitable[Server]]
@@ -39,7 +41,9 @@ async def test_the_names_of_this_machine_are_accepted_with_and_without_a_port(se
     assert await status(server, {"Host": f"{host}:{server.port}"}) == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:4100", "localhost.evil.example", "127.0.0.1.evil.example", "0.0.0.0", "localhost:x", ""])
+@pytest.mark.parametrize("host", [
+    "evil.example", "evil.example:4100", "localhost.evil.example", "127.0.0.1.evil.example", "0.0.0.0", "localhost:x", "",
+])  # fmt: skip
 async def test_a_foreign_host_as_in_dns_rebinding_needs_a_key(server: Server, host: str) -> None:
     assert "Host" in (await refusal(server, {"Host": host}))["hint"]
     assert await status(server, {"Host": host, **await new_key(server)}) == 200
@@ -149,11 +153,13 @@ async def test_the_static_key_speaks_for_the_default_tenant(start_server: Start)
 
 
 async def test_a_connection_is_asked_about_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ash import peer
-
     asked = []
-    find_uid = peer.find_uid
-    monkeypatch.setattr("ash.peer.find_uid", lambda own, other: asked.append(other) or find_uid(own, other))
+
+    def find_uid(own: peer.Address, other: peer.Address) -> int:
+        asked.append(other)
+        return os.geteuid()
+
+    monkeypatch.setattr(peer, "find_uid", find_uid)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1)) as http:
         for _ in range(3):
             async with http.get(server.url + LISTED) as answer:

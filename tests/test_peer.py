@@ -80,12 +80,14 @@ def test_a_listener_on_the_clients_port_is_not_taken_for_the_client(way: Callabl
 
 @needs_root
 def test_another_user_is_told_from_us() -> None:
-    with listening(socket.AF_INET, "127.0.0.1") as listener:
-        with as_nobody(f"s = socket.socket(); s.connect({listener.getsockname()}); s.recv(1)") as child:
-            accepted, _ = listener.accept()
-            with accepted:
-                found = {way(*ends(accepted)) for way in WAYS}
-            assert child.wait(10) == 0
+    with (
+        listening(socket.AF_INET, "127.0.0.1") as listener,
+        as_nobody(f"s = socket.socket(); s.connect({listener.getsockname()}); s.recv(1)") as child,
+    ):
+        accepted, _ = listener.accept()
+        with accepted:
+            found = {way(*ends(accepted)) for way in WAYS}
+        assert child.wait(10) == 0
     assert found == {NOBODY}
 
 

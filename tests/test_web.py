@@ -231,8 +231,9 @@ async def test_a_second_server_on_the_same_data_folder_is_refused(server: Server
             pytest.fail("it started")
 
 
-async def test_a_server_whose_start_fails_leaves_nothing_open(start_server: Start, make_config: Callable[..., Config], data_dir: str) -> None:
-    Path(data_dir, "agents").mkdir()
+async def test_a_server_whose_start_fails_leaves_nothing_open(
+    start_server: Start, make_config: Callable[..., Config], data_dir: str
+) -> None:
     Path(data_dir, "ash.db").mkdir()
     runner = web.AppRunner(create_app(make_config()))
     with pytest.raises(Exception, match=r"ash\.db|database"):
@@ -252,9 +253,9 @@ def test_the_same_port_is_taken_on_every_address_of_localhost() -> None:
             listener.close()
 
 
-@pytest.mark.parametrize(("host", "complaint"), [("192.0.2.1", "cannot listen on 192.0.2.1"), ("no.such.host.invalid", "cannot listen on no.such")])
-def test_an_address_that_is_not_ours_is_refused_in_words(host: str, complaint: str) -> None:
-    with pytest.raises(ConfigError, match=complaint):
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
+def test_an_address_that_is_not_ours_is_refused_in_words(host: str) -> None:
+    with pytest.raises(ConfigError, match=f"cannot listen on {host}"):
         bind(host, 0)
 
 

@@ -18,12 +18,16 @@ install_package() { # install_package PACKAGE WHY
     DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "$1" >/dev/null
 }
 
+find_python() { # the one asked for by PYTHON, else the first that is new enough
+    for python in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && return
+    done
+    stop "Ash needs Python 3.11 or newer, and ${PYTHON:-python3} is not; install one, or run: make PYTHON=/path/to/python3.12"
+}
+
 make_venv() {
-    python=${PYTHON:-python3}
-    command -v "$python" >/dev/null || stop "$python is not there; install Python 3.11 or newer, or run: make PYTHON=/path/to/python3.11"
+    find_python
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-        stop "$python is Python $version; Ash needs 3.11 or newer: make PYTHON=/path/to/python3.11"
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
         install_package "python$version-venv" "the venv module of Python $version"
     fi

@@ -7,6 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ash.cli.terminal import Terminal
+from ash.errors import ConfigError
+
+
+class UsageError(ConfigError):
+    """A command was called in a way that argparse cannot see is wrong."""
+
+    code = "usage"
 
 
 class Command(NamedTuple):
@@ -25,7 +32,9 @@ def parse(command: Command, prog: str, arguments: Sequence[str]) -> argparse.Nam
         command.configure(parser)
     common = parser.add_argument_group("common options")
     if command.talks:
-        common.add_argument("--server", metavar="URL", help="address of the server (ASH_SERVER_URL, else the linked one, else http://localhost:4100)")
+        common.add_argument(
+            "--server", metavar="URL", help="address of the server (ASH_SERVER_URL, else the linked one, else http://localhost:4100)"
+        )
         common.add_argument("--api-key", metavar="KEY", help="key for the server (ASH_API_KEY, else the stored one)")
     common.add_argument("--json", action="store_true", help="output for programs")
     common.add_argument("--no-color", action="store_true", help="no colours (NO_COLOR)")

@@ -1,4 +1,4 @@
-"""`ash deploy`: upload an agent folder. The environment of its tools comes from `.env`, `.env.local` and -e, and is not uploaded as files."""
+"""`ash deploy`: upload an agent folder. Variables for its tools come from `.env`, `.env.local` and -e; those files are not uploaded."""
 
 from __future__ import annotations
 
@@ -91,4 +91,3 @@ def _unquote(value: str) -> str:
 
 
 COMMANDS = {"deploy": Command("Upload an agent folder as the newest version of an agent.", _deploy, _configure)}
-

@@ -25,4 +25,6 @@ def _serve(args: argparse.Namespace, _terminal: Terminal) -> int:
     return 0
 
 
-COMMANDS = {"offline-model": Command("Serve the built-in demo model as a Messages API of its own, until Ctrl-C.", _serve, _configure, talks=False)}
+COMMANDS = {
+    "offline-model": Command("Serve the built-in demo model as a Messages API of its own, until Ctrl-C.", _serve, _configure, talks=False)
+}

@@ -73,7 +73,12 @@ def address(args: argparse.Namespace) -> Address:
     """The server a command talks to. A stored key goes to the server it was stored for and to no other."""
     stored = load()
     linked = stored.get("server_url") or DEFAULT_URL
-    url, source = _first((args.server, "flag"), (client_environ("ASH_SERVER_URL"), "ASH_SERVER_URL"), (stored.get("server_url"), "config"), (linked, "default"))
+    url, source = _first(
+        (args.server, "flag"),
+        (client_environ("ASH_SERVER_URL"), "ASH_SERVER_URL"),
+        (stored.get("server_url"), "config"),
+        (linked, "default"),
+    )
     own = stored.get("api_key") if same(url, linked) else None
     key, key_source = _first((args.api_key, "flag"), (client_environ("ASH_API_KEY"), "ASH_API_KEY"), (own, "config"), ("", ""))
     return Address(url, source, key or None, key_source)

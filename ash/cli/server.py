@@ -26,16 +26,18 @@ def _add_data_dir(parser: argparse.ArgumentParser) -> None:
 
 def _configure_start(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--detach", "-d", action="store_true", help="run in the background and return once it answers")
-    parser.add_argument("--stop-with-stdin", action="store_true", help="stop when standard input is closed, for programs that start a server")
+    parser.add_argument(
+        "--stop-with-stdin", action="store_true", help="stop when standard input is closed, for programs that start a server"
+    )
     settings = parser.add_argument_group("settings", "each can be given by its variable too; `ash config` shows what is in force")
     for setting in SETTINGS:
-        words = setting.kind if isinstance(setting.kind, tuple) else None
+        words = "|".join(setting.kind) if isinstance(setting.kind, tuple) else setting.name.rpartition("_")[2].upper()
         default = "" if setting.default in (None, "", False) else f" (default {setting.default})"
-        settings.add_argument(
-            setting.flag, dest=setting.name, metavar="|".join(words) if words else setting.name.rpartition("_")[2].upper(),
-            help=f"{setting.help}{default} [{setting.env}]".replace("%", "%%"),
-            **({"nargs": "?", "const": "1"} if setting.kind is bool else {}),
-        )  # fmt: skip
+        text = f"{setting.help}{default} [{setting.env}]".replace("%", "%%")
+        if setting.kind is bool:
+            settings.add_argument(setting.flag, dest=setting.name, metavar="1|0", nargs="?", const="1", help=text)
+        else:
+            settings.add_argument(setting.flag, dest=setting.name, metavar=words, help=text)
 
 
 def _start(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -156,8 +158,8 @@ def _status(args: argparse.Namespace, terminal: Terminal) -> int:
     config = _data_config(args)
     server = None if args.server else local.find(config.data_dir)
     url = server.url if server is not None else profile.address(args).url
-    from ash.client import AshClient
     from ash.cli.health import describe
+    from ash.client import AshClient
 
     try:
         health = AshClient(url, timeout=10).health()
@@ -170,7 +172,8 @@ def _status(args: argparse.Namespace, terminal: Terminal) -> int:
             terminal.line(f"The server (pid {server.pid}) runs but does not answer: {error}")
         return 1
     if terminal.is_json:
-        terminal.data({"running": True, "url": url, "pid": server.pid if server else None, "dataDir": server and server.data_dir, **health.raw})
+        process = {"pid": server.pid, "dataDir": server.data_dir} if server else {}
+        terminal.data({"running": True, "url": url, **process, **health.raw})
         return 0
     where = f" (pid {server.pid}, data in {server.data_dir})" if server else ""
     terminal.line(f"Running: {url}{where}")

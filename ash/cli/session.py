@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ash.cli import profile, turn
-from ash.cli.command import Command, names
+from ash.cli.command import Command, UsageError, names
 from ash.cli.deploy import add_env
 from ash.cli.terminal import CYAN, DIM, Terminal, shorten
 from ash.errors import InvalidRequest
@@ -84,7 +84,7 @@ def _send(args: argparse.Namespace, terminal: Terminal) -> int:
 
     content = read_message(args.message)
     if content is None:
-        raise InvalidRequest("there is no message: give one, or pipe one in; `ash chat --session ID` talks interactively")
+        raise UsageError("there is no message: give one, or pipe one in; `ash chat --session ID` talks interactively")
     return turn.play(profile.client(args), args.id, content, terminal, turn.options_of(args), is_quiet=args.quiet)
 
 
@@ -133,7 +133,7 @@ def _interrupt(args: argparse.Namespace, terminal: Terminal) -> int:
 def _configure_exec(parser: argparse.ArgumentParser) -> None:
     _configure_id(parser)
     parser.add_argument("words", nargs="+", metavar="command", help="a shell command, or -- and its words")
-    parser.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="how long it may take (default 30)")
+    parser.add_argument("--timeout", type=int, default=30_000, metavar="MS", help="how long it may take, in milliseconds (default 30000)")
     parser.add_argument("--cwd", help="folder to run it in")
 
 
@@ -141,7 +141,7 @@ def _exec(args: argparse.Namespace, terminal: Terminal) -> int:
     import sys
 
     command = args.words[0] if len(args.words) == 1 else shlex.join(args.words)
-    done = profile.client(args).exec(args.id, command, timeout=args.timeout, cwd=args.cwd)
+    done = profile.client(args).exec(args.id, command, timeout=args.timeout / 1000, cwd=args.cwd)
     if terminal.is_json:
         terminal.data(done.raw)
     else:
@@ -150,7 +150,7 @@ def _exec(args: argparse.Namespace, terminal: Terminal) -> int:
         if done.truncated:
             terminal.note("(the output was cut)", DIM)
         if done.timed_out:
-            terminal.error(f"the command did not end within {args.timeout:g} s")
+            terminal.error(f"the command did not end within {args.timeout} ms")
     return done.exit_code & 0xFF
 
 
@@ -240,4 +240,3 @@ COMMANDS = {
     "messages": Command("Show the conversation; JSON when piped.", _messages, _configure_messages),
     "logs": Command("Show what the session's sandbox logged.", _logs, _configure_logs),
 }
-

@@ -19,16 +19,24 @@ def _config(args: argparse.Namespace, terminal: Terminal) -> int:
     config = load_config()
     where = profile.address(args)
     if terminal.is_json:
-        rows = [
-            {"name": row.name, "value": _shown(getattr(config, row.name)), "source": config.sources[row.name], "flag": row.flag, "variable": row.env}
+        settings = [
+            {
+                "name": row.name,
+                "value": _shown(getattr(config, row.name)),
+                "source": config.sources[row.name],
+                "flag": row.flag,
+                "variable": row.env,
+            }
             for row in SETTINGS
-        ]  # fmt: skip
+        ]
         key = {"apiKey": "***" if where.key else None, "apiKeySource": where.key_source or None}
-        terminal.data({"settings": rows, "client": {"serverUrl": where.url, "source": where.source, **key, "home": profile.home()}})
+        terminal.data({"settings": settings, "client": {"serverUrl": where.url, "source": where.source, **key, "home": profile.home()}})
         return 0
     rows = [(row.name, _text(_shown(getattr(config, row.name))), config.sources[row.name], row.env) for row in SETTINGS]
     terminal.table(("SETTING", "VALUE", "SOURCE", "VARIABLE"), rows)
-    terminal.line(f"\nCommands talk to {where.url} ({where.source}), {f'with the key from {where.key_source}' if where.key else 'without a key'}.")
+    terminal.line(
+        f"\nCommands talk to {where.url} ({where.source}), {f'with the key from {where.key_source}' if where.key else 'without a key'}."
+    )
     return 0
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from ash.config import client_environ
@@ -110,7 +111,7 @@ class Terminal:
             self._write(self.err, "\r\x1b[K" if self.has_colors else "\n")
             self._has_progress = False
 
-    def table(self, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    def table(self, header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
         """Columns on stdout."""
         widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
         for row in [header, *rows]:

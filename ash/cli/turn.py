@@ -1,4 +1,4 @@
-"""One turn on a terminal: the answer on stdout as it arrives, tool calls on stderr, Ctrl-C interrupts. Used by `chat` and `session send`."""
+"""One turn on a terminal, for `chat` and `session send`: the answer on stdout as it arrives, tool calls on stderr, Ctrl-C interrupts."""
 
 from __future__ import annotations
 

@@ -85,12 +85,16 @@ async def open_stage(sources: Mapping[str, str]) -> Stage:
         "unshare", "--mount", "--propagation", "slave", "/bin/sh", "-c", _PREPARE, "sh", place, *pairs,
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=OUTER_ENVIRONMENT,
     )  # fmt: skip
+    assert process.stdin is not None
     assert process.stdout is not None
+    assert process.stdin is not None
     fd = -1
     try:
         async with asyncio.timeout(10):
             if await process.stdout.readline() == b"ready\n":
                 fd = os.open(f"/proc/{process.pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+            process.stdin.close()  # it may go; `communicate` does this by itself only from 3.12 on
+            process.stdin.close()
             _, error = await process.communicate()
     except TimeoutError as error_:
         process.kill()

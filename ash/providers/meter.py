@@ -16,7 +16,9 @@ class Meter:
     def __init__(self, model: str, *, streams: bool) -> None:
         self.usage: dict[str, Any] = {"model": model}
         self.is_complete = False
-        self._decoder = sse.Decoder() if streams else None
+        self._has_given_up = False
+        self._streams = streams
+        self._decoder = sse.Decoder()
         self._body = bytearray()
         self._tail = b"\n\n"
 
@@ -29,20 +31,21 @@ class Meter:
         return self._tail.endswith((b"\n\n", b"\r\n\r\n"))
 
     def feed(self, chunk: bytes) -> None:
-        if self._decoder is None:
+        if not self._streams:
             self._body += chunk
+            return
+        if self._has_given_up:
             return
         self._tail = (self._tail + chunk)[-4:]
         try:
             for frame in self._decoder.feed(chunk):
                 self._see(frame.data)
         except ValueError:
-            self._decoder = None  # an event beyond all bounds: passed on, not read
-            self.is_complete = True
+            self._has_given_up = self.is_complete = True  # an event beyond all bounds: passed on, not read
 
     def finish(self) -> None:
         """The reply has ended; a whole one is read now."""
-        if self._decoder is None and self._body:
+        if self._body:
             try:
                 self._merge(json.loads(self._body))
             except (ValueError, RecursionError):

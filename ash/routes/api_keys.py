@@ -22,14 +22,14 @@ async def create(request: web.Request) -> web.Response:
 
 async def list_keys(request: web.Request) -> web.Response:
     here = parts(request)
-    keys = [dialect.api_key(key) for key in await here.store.list_keys(tenant(request))]
+    keys = [dialect.api_key(key) for key in await here.keys.list(tenant(request))]
     if here.config.api_key and tenant(request) == DEFAULT_TENANT:
         keys.append(_STATIC_KEY)
     return web.json_response({"keys": keys})
 
 
 async def delete(request: web.Request) -> web.Response:
-    await parts(request).store.delete_key(tenant(request), request.match_info["id"])
+    await parts(request).keys.delete(tenant(request), request.match_info["id"])
     return web.json_response({"ok": True})
 
 

@@ -46,10 +46,8 @@ def warnings(here: Parts, trusts_local: bool) -> list[str]:
     found = list(here.sandboxes.status().warnings)
     if notice := here.gateway.describe().get("notice"):
         found.append(notice)
-    if here.config.sandbox == "none":
-        found.append("agents run without isolation (--sandbox none): they can read and do whatever the server's user can")
-        if trusts_local:
-            found.append("unisolated agents count as the server's own user and may call this API without a key; use --auth always")
+    if here.config.sandbox == "none" and trusts_local:
+        found.append("With --sandbox none agents are processes of the server's user, who needs no key for this API; use --auth always")
     return found
 
 

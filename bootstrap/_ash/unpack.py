@@ -65,48 +65,47 @@ def open_group(archive: str, group: str) -> Opened:
         return _open_somewhere(archive, group, "any")
 
 
-class _Noexec(OSError):
-    """Every folder that could be used is mounted noexec."""
+class _Noexec(PermissionError):
+    """A folder is mounted so that compiled modules cannot be loaded from it."""
 
 
 def _open_somewhere(archive: str, group: str, on: str) -> Opened:
-    name = f"{group}-{interpreter()}-{on}-{GROUPS[group]['digest']}"
-    has_compiled = on != "any" and any(kind.endswith(on) for kind in GROUPS[group]["payloads"])
-    refused: list[str] = []
-    noexec = False
+    refused: list[OSError] = []
     for root in cache.candidates():
         try:
-            if os.path.isdir(root):
-                cache.check_owner(root)
-                if has_compiled and cache.is_noexec(root):
-                    noexec = True
-                    raise PermissionError(f"{root} is mounted noexec")
-            opened = _open_in(archive, group, on, root, name)
+            opened = _open_in(archive, group, on, root)
         except OSError as error:
-            refused.append(str(error))
+            refused.append(error)
             continue
         if refused:
-            _say(f"{'; '.join(refused)}; using {root} instead")
+            _say(f"{'; '.join(map(str, refused))}; using {root} instead")
         return opened
-    reasons = "; ".join(refused)
-    if noexec:
+    reasons = "; ".join(map(str, refused))
+    if any(isinstance(error, _Noexec) for error in refused):
         raise _Noexec(reasons)
     raise BundleError(f"no folder to unpack into: {reasons}; set ASH_CACHE_DIR to a folder of yours that can be written")
 
 
-def _open_in(archive: str, group: str, on: str, root: str, name: str) -> Opened:
-    folder = os.path.join(root, name)
+def _open_in(archive: str, group: str, on: str, root: str) -> Opened:
+    folder = os.path.join(root, f"{group}-{interpreter()}-{on}-{GROUPS[group]['digest']}")
     for _ in range(3):  # a prune may take it away between two steps
+        if os.path.isdir(root):
+            _check(root, group, on)
         if not _is_whole(folder):
             cache.create_root(root)
-            if on != "any" and cache.is_noexec(root):
-                raise PermissionError(f"{root} is mounted noexec")
+            _check(root, group, on)
             _unpack(archive, group, on, root, folder)
         held = cache.hold(folder)
         if held is not None:
             _held.append(held)
             return _opened(folder)
     raise OSError(f"{folder} is removed again and again while it is being opened")
+
+
+def _check(root: str, group: str, on: str) -> None:
+    cache.check_owner(root)
+    if f"{interpreter()}-{on}" in GROUPS[group]["payloads"] and cache.is_noexec(root):
+        raise _Noexec(f"{root} is mounted noexec")
 
 
 def _opened(folder: str) -> Opened:

@@ -22,7 +22,7 @@ def file(path: str, content: bytes) -> dict[str, str]:
 
 async def test_an_agent_can_be_deployed_listed_shown_and_deleted(server: Server) -> None:
     made = (await server.call("POST", "/api/agents", {"name": "a", "files": [file("CLAUDE.md", b"Hi")]}, expect=201))["agent"]
-    assert uuid.UUID(made["id"])
+    assert uuid.UUID(made["id"]).version == 4
     assert (made["name"], made["version"], made["tenantId"]) == ("a", 1, "default")
     assert (await server.call("GET", "/api/agents/a", expect=200))["agent"] == made
     assert (await server.call("GET", "/api/agents", expect=200))["agents"] == [made]
@@ -32,9 +32,7 @@ async def test_an_agent_can_be_deployed_listed_shown_and_deleted(server: Server)
 
 
 async def test_deploying_again_raises_the_version_and_agents_are_listed_by_name(server: Server) -> None:
-    for name in ("b", "a", "b"):
-        made = await server.deploy(name)
-    assert made["version"] == 2
+    assert [(await server.deploy(name))["version"] for name in ("b", "a", "b")] == [1, 1, 2]
     assert [agent["name"] for agent in (await server.call("GET", "/api/agents"))["agents"]] == ["a", "b"]
 
 

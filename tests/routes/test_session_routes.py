@@ -24,8 +24,7 @@ async def test_a_session_is_created_active_with_everything_typed_clients_need(se
     await server.deploy()
     body = {"agent": "helper", "model": "m", "allowedTools": ["Read"], "mcpServers": {"x": {"url": "http://x"}}, "unknown": True}
     made = (await server.call("POST", "/api/sessions", body, expect=201))["session"]
-    assert uuid.UUID(made["id"])
-    assert uuid.UUID(made["sandboxId"])
+    assert uuid.UUID(made["id"]).version == uuid.UUID(made["sandboxId"]).version == 4
     assert (made["status"], made["agentName"], made["model"], made["turn"]) == ("active", "helper", "m", None)
     assert made["config"] == {"allowedTools": ["Read"], "mcpServers": {"x": {"url": "http://x"}}}
     assert made["createdAt"].endswith("Z")
