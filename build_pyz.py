@@ -1,6 +1,6 @@
 """Builds dist/ash.pyz: Ash, its locked dependencies for eight interpreters, and the bootstrap, in one reproducible file.
 
-    python build_pyz.py [--output dist/ash.pyz]
+    python build_pyz.py [--output dist/ash.pyz] [--sizes]
 
 Wheels come by `pip download` with the hashes of requirements.lock and are kept, like compressed payloads, in a build cache
 ($XDG_CACHE_HOME/ash-build), so that a second build needs neither network nor time. The layout and the reasons for it are in
@@ -30,10 +30,20 @@ MACHINES = ("x86_64", "aarch64")
 MANYLINUX = ("manylinux_2_28", "manylinux_2_17", "manylinux2014", "manylinux_2_12", "manylinux_2_5", "manylinux1")
 
 # What the server itself imports; everything else is only for Bedrock and Vertex and is unpacked when one of them is used.
-CORE = frozenset(
-    "aiohappyeyeballs aiohttp aiosignal aiosqlite attrs frozenlist idna multidict propcache typing-extensions yarl".split()
-)
-UNUSED = frozenset(["pycparser"])  # cffi's compiler; cryptography needs only _cffi_backend
+CORE = {
+    "aiohappyeyeballs",
+    "aiohttp",
+    "aiosignal",
+    "aiosqlite",
+    "attrs",
+    "frozenlist",
+    "idna",
+    "multidict",
+    "propcache",
+    "typing-extensions",
+    "yarl",
+}
+UNUSED = {"pycparser"}  # cffi's compiler; cryptography needs only _cffi_backend
 UNUSED_FILES = re.compile(r"cffi/|[^/]+\.data/|charset_normalizer/\w+\.[\w-]+\.so$|multidict/_testcapi\.")
 AS_FOLDERS = ("botocore/", "certifi/")
 """Packages that read their data next to their code by path; they are unpacked as files, the others as one zip."""
@@ -83,13 +93,15 @@ def download_all(lock: Path, cache: Path) -> dict[str, list[Path]]:
     known = {digest for hashes in requirements.values() for digest in hashes}
     home = cache / "wheels" / hashlib.sha256(lock.read_bytes()).hexdigest()[:16]
     targets = [(machine, python) for machine in MACHINES for python in PYTHONS]
-    first = _download(requirements, *targets[0], home, known)
+    first = _download(requirements, MACHINES[0], PYTHONS[0], home, known)
     pure = {_name(wheel.name) for wheel in first if wheel.name.endswith("-none-any.whl")}
     native = {line: hashes for line, hashes in requirements.items() if _name(line) not in pure}
     with ThreadPoolExecutor(2) as pool:
-        rest = list(pool.map(lambda target: _download(native, *target, home, known), targets[1:]))
+        rest = list(pool.map(lambda target: _download(native, target[0], target[1], home, known), targets[1:]))
     shared = [wheel for wheel in first if _name(wheel.name) in pure]
-    return {f"cp{python}-{machine}": wheels for (machine, python), wheels in zip(targets, [first, *(shared + w for w in rest)], strict=True)}
+    return {
+        f"cp{python}-{machine}": wheels for (machine, python), wheels in zip(targets, [first, *(shared + w for w in rest)], strict=True)
+    }
 
 
 def _name(text: str) -> str:
@@ -103,7 +115,9 @@ def _download(requirements: dict[str, set[str]], machine: str, python: str, home
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         listing = partial / "requirements.txt"
-        listing.write_text("".join(line + "".join(f" \\\n --hash=sha256:{h}" for h in sorted(hashes)) + "\n" for line, hashes in requirements.items()))
+        listing.write_text(
+            "".join(line + "".join(f" \\\n --hash=sha256:{h}" for h in sorted(hashes)) + "\n" for line, hashes in requirements.items())
+        )
         command = [sys.executable, "-m", "pip", "download", "-qq", "--no-input", "--no-deps", "--require-hashes", "--only-binary=:all:"]
         command += [f"--platform={manylinux}_{machine}" for manylinux in MANYLINUX]
         command += [f"--python-version={python[0]}.{python[1:]}", "--implementation=cp", f"--abi=cp{python}", "--abi=abi3", "--abi=none"]
@@ -182,7 +196,12 @@ def strip_elf(data: bytes) -> bytes:
     entry_size, entries = struct.unpack_from("<HH", data, 54)
     kept = [(0, 64), (table, entry_size * entries)]
     for number in range(entries):
-        kept.append((*struct.unpack_from("<Q", data, table + number * entry_size + 8), *struct.unpack_from("<Q", data, table + number * entry_size + 32)))
+        kept.append(
+            (
+                *struct.unpack_from("<Q", data, table + number * entry_size + 8),
+                *struct.unpack_from("<Q", data, table + number * entry_size + 32),
+            )
+        )
     result = bytearray(max(start + size for start, size in kept))
     for start, size in kept:
         result[start : start + size] = data[start : start + size]
@@ -194,7 +213,9 @@ def strip_elf(data: bytes) -> bytes:
 def pack(payload: Payload, cache: Path) -> bytes:
     """The payload as the bootstrap reads it: xz of `size name` lines, an empty line, the contents."""
     names = sorted(payload.files)
-    data = "".join(f"{len(payload.files[name])} {name}\n" for name in names).encode() + b"\n" + b"".join(payload.files[name] for name in names)
+    data = (
+        "".join(f"{len(payload.files[name])} {name}\n" for name in names).encode() + b"\n" + b"".join(payload.files[name] for name in names)
+    )
     filters: list[dict[str, Any]] = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 25}]
     if "x86_64" in payload.kind:
         filters.insert(0, {"id": lzma.FILTER_X86})
@@ -241,10 +262,14 @@ def build(output: Path, root: Path, cache: Path) -> dict[str, int]:
     bootstrap = {name.removeprefix("bootstrap/"): content for name, content in sources(root, "bootstrap").items()}
     unpack = bootstrap["_ash/unpack.py"]
     own = sources(root, "ash")
-    groups: dict[str, dict[str, Any]] = {"ash": {"names": [], "needs_compiled": False, "digest": digest(unpack, *map(repr_bytes, own.items())), "payloads": {}}}
+    groups: dict[str, dict[str, Any]] = {
+        "ash": {"names": [], "needs_compiled": False, "digest": digest(unpack, *map(repr_bytes, own.items())), "payloads": {}}
+    }
     packed: dict[str, bytes] = {}
     for group in ("core", "models"):
-        chosen = {target: [wheel for wheel in files if (_name(wheel.name) in CORE) == (group == "core")] for target, files in wheels.items()}
+        chosen = {
+            target: [wheel for wheel in files if (_name(wheel.name) in CORE) == (group == "core")] for target, files in wheels.items()
+        }
         parts = payloads(chosen)
         with ThreadPoolExecutor() as pool:  # lzma leaves the interpreter free
             contents = list(pool.map(lambda part: pack(part, cache), parts))
@@ -292,13 +317,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Build ash.pyz.")
     parser.add_argument("--output", type=Path, default=HERE / "dist" / "ash.pyz")
     parser.add_argument("--source", type=Path, default=HERE, help="the project's folder")
+    parser.add_argument("--sizes", action="store_true", help="say what each part costs")
     arguments = parser.parse_args()
     try:
         parts = build(arguments.output, arguments.source, default_cache())
     except BuildError as error:
         print(f"build_pyz: {error}", file=sys.stderr)
         return 1
-    for name, size in sorted(parts.items(), key=lambda part: -part[1]):
+    for name, size in sorted(parts.items(), key=lambda part: -part[1]) if arguments.sizes else ():
         print(f"{size / 1e6:8.2f} MB  {name}")
     content = arguments.output.read_bytes()
     print(f"{len(content) / 1e6:8.2f} MB  {arguments.output}  sha256 {hashlib.sha256(content).hexdigest()}")

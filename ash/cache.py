@@ -13,7 +13,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from ash.config import client_environ
@@ -35,8 +35,8 @@ class Unpacked(NamedTuple):
 
 def running_file() -> str | None:
     """Absolute path of the ash.pyz that this process runs from; None in a checkout or an ordinary installation."""
-    spec = sys.modules["ash"].__spec__
-    archive = getattr(spec.loader, "archive", None) if spec else None
+    module = sys.modules.get("_ash") or sys.modules["ash"]  # the first is only there when the file was started, not just imported
+    archive = getattr(module.__spec__ and module.__spec__.loader, "archive", None)
     return os.path.abspath(archive) if archive else None
 
 
@@ -76,10 +76,8 @@ def check_owner(root: str) -> None:
 def create_root(root: str) -> None:
     """Create `root` for this user alone; raises OSError when it cannot be written or is not safe."""
     os.makedirs(os.path.dirname(root), exist_ok=True)
-    try:
+    with suppress(FileExistsError):
         os.mkdir(root, 0o700)
-    except FileExistsError:
-        pass
     check_owner(root)
     if not os.access(root, os.W_OK | os.X_OK):
         raise PermissionError(f"{root} is not writable")
@@ -95,10 +93,8 @@ def locked(root: str) -> Iterator[None]:
     """One process at a time changes `root`. Where locks do not work, unpacking is still safe: it ends in one rename."""
     fd = os.open(os.path.join(root, ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        try:
+        with suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_EX)
-        except OSError:
-            pass
         yield
     finally:
         os.close(fd)

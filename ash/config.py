@@ -184,3 +184,10 @@ def markdown() -> str:
         default = "" if row.default in (None, "") else f"`{row.default}`"
         lines.append(f"| `{row.flag}`{f' ({words})' if words else ''} | `{row.env}` | {default} | {row.help} |")
     return "\n".join(lines)
+
+
+def drop_secrets() -> None:
+    """Take the secrets out of this process's environment once they are read, so that nothing started from here inherits one."""
+    for setting in SETTINGS:
+        if setting.kind is Secret:
+            os.environ.pop(setting.env, None)

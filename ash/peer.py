@@ -1,7 +1,7 @@
 """Who is at the other end of a loopback TCP connection, as the kernel knows it. It asks; it never decides who may do what.
 
-The uid is that of the process which made the socket. A socket that its process has closed already is reported as uid 0,
-whoever owned it, so an answer without an inode is no answer.
+The uid is that of the process which made the socket. Of a socket that its process has closed already, many kernels say
+uid 0, whoever owned it; such a socket has no inode, and an answer without one is no answer.
 """
 
 from __future__ import annotations

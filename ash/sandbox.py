@@ -16,7 +16,7 @@ import subprocess
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from ash import models
 from ash.errors import AshError, CapacityReached, IsolationUnavailable, ProtocolError, SandboxFailed, Timeout
@@ -26,7 +26,7 @@ from ash.isolation.folders import Folders, Uids
 from ash.isolation.launch import Process
 from ash.isolation.link import Link
 from ash.isolation.logbook import Logbook
-from ash.isolation.prepare import Isolation, Place, prepare
+from ash.isolation.prepare import Descriptors, Isolation, Place, prepare
 from ash.isolation.records import ExecResult, Limits, PoolStatus, SandboxSpec
 from ash.models import SandboxHandle
 from ash.tasks import Tasks
@@ -444,15 +444,22 @@ class Sandboxes:
         """The process, and the pipe on which bubblewrap says which one is the sandbox's first."""
         with contextlib.ExitStack() as stack:
             listener = stack.enter_context(_listen(bridge_path))
-            fds, info, reader = [listener.fileno()], -1, None
+            fds, reader = Descriptors(listener.fileno()), None
             if isolation.kind == "bwrap":
                 reader, info = os.pipe()
                 stack.callback(os.close, info)
-                fds.append(info)
-            elif place.gateway_socket.startswith("/proc/self/fd/"):
-                fds.append(self._folders.run_fd)
-            argv = isolation.command(place, listener.fileno(), info, self._orphan_timeout)
-            return launch.spawn(argv, isolation.environment(place), fds, logbook.fd), reader
+                options = stack.enter_context(_memory_file(isolation.options(place)))
+                fds = fds._replace(info=info, options=options.fileno())
+            passed = {fd for fd in fds if fd >= 0}
+            if place.gateway_socket.startswith("/proc/self/fd/") and isolation.kind == "none":
+                passed.add(self._folders.run_fd)
+            try:
+                argv = isolation.command(place, fds, self._orphan_timeout)
+                return launch.spawn(argv, isolation.environment(place), passed, logbook.output), reader
+            except BaseException:
+                if reader is not None:
+                    os.close(reader)
+                raise
 
     # Ending one
 
@@ -502,7 +509,7 @@ class Sandboxes:
         return sum(ended)
 
     def _own_ids(self) -> set[str]:
-        return set(list(self._alive)) | set(self._starting)
+        return set(self._alive) | set(self._starting)
 
     def _own_cgroup(self, handle: SandboxHandle) -> str | None:
         tree = self._isolation.cgroups if self._isolation is not None else None
@@ -537,6 +544,13 @@ def _listen(path: str) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def _memory_file(content: bytes) -> IO[bytes]:
+    file = os.fdopen(os.memfd_create("options"), "w+b", 0)
+    file.write(content)
+    file.seek(0)
+    return file
 
 
 def _start_error(error: TimeoutError | SandboxFailed, tail: str, timeout: float) -> SandboxFailed:

@@ -5,13 +5,18 @@
 set -eu
 
 examples=$(cd "$(dirname "$0")" && pwd)
-pyz=${1:-$examples/../dist/ash.pyz}
-python=${PYTHON:-python3}
+absolute() { case $1 in */*) echo "$(cd "$(dirname "$1")" && pwd)/$(basename "$1")" ;; *) echo "$1" ;; esac; }
+pyz=$(absolute "${1:-$examples/../dist/ash.pyz}")
+python=$(absolute "${PYTHON:-python3}")
 folder=$(mktemp -d)
 
 ash() { "$python" "$pyz" "$@"; }
 show() {
-    printf '\n$ ash %s\n' "$*"
+    printf '\n$ ash'
+    for word; do
+        case $word in *' '*) printf " '%s'" "$word" ;; *) printf ' %s' "$word" ;; esac
+    done
+    printf '\n'
     ash "$@"
 }
 clean_up() {

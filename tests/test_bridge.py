@@ -141,7 +141,15 @@ def test_the_limit_leaves_room_for_a_usual_turn() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    [b"not json", b"[]", b'{"cmd":"nothing","id":1}', b'{"cmd":"query","id":1}', b'{"cmd":"exec","id":true,"command":"x","timeout":1}', b"\xff\xfe", b""],
+    [
+        b"not json",
+        b"[]",
+        b'{"cmd":"nothing","id":1}',
+        b'{"cmd":"query","id":1}',
+        b'{"cmd":"exec","id":true,"command":"x","timeout":1}',
+        b"\xff\xfe",
+        b"",
+    ],
 )
 def test_a_malformed_command_is_answered_with_an_error(bridge: Driver, line: bytes) -> None:
     bridge.send_raw(line + b"\n")
@@ -153,7 +161,7 @@ def test_lines_may_arrive_cut_anywhere() -> None:
     lines = Lines()
     data = "{'a'}\n{'ü'}\nrest".encode()
     found = [line for byte in data for line in lines.feed(bytes([byte]))]
-    assert found == ["{'a'}".encode(), "{'ü'}".encode()]
+    assert found == [b"{'a'}", "{'ü'}".encode()]
 
 
 def test_a_line_beyond_the_limit_is_skipped_and_the_next_one_is_read() -> None:

@@ -38,6 +38,7 @@ from ash.remote import calls, cursor
 from ash.remote.folder import Upload, scan
 from ash.remote.http1 import BrokenResponse, ResponseParser, request_head
 from tests.cli.stub_server import HELLO, StubServer, assistant, delta, result, stub_server, turn
+from tests.harness import eventually
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_the_quickstart_snippet_prints_the_text_once(client: AshClient, capsys: 
     session = client.create_session("my-agent")
     for event in client.send_message_stream(session.id, "What is a closure?"):
         if event.type == "message":
-            print(event.data, end="")
+            print(event.data, end="")  # noqa: T201
     assert client.end_session(session.id).status == "ended"
     assert capsys.readouterr().out == "Hello, Ada."
 
@@ -105,7 +106,8 @@ def test_ash_ai_offers_the_same_names() -> None:
 
 
 def test_importing_the_client_loads_no_http_asyncio_or_ssl_module() -> None:
-    code = "import sys, ash.client; print([m for m in ('asyncio', 'ssl', 'socket', 'http.client', 'urllib.parse', 'threading') if m in sys.modules])"
+    heavy = ("asyncio", "ssl", "socket", "http.client", "urllib.parse", "threading")
+    code = f"import sys, ash.client; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, timeout=20)
     assert done.stdout.strip() == "[]"
 
@@ -170,7 +172,7 @@ def test_a_new_api_key_is_not_in_the_repr(client: AshClient) -> None:
 
 
 def test_an_unknown_option_is_a_type_error_that_lists_the_options(client: AshClient) -> None:
-    with pytest.raises(TypeError, match="modle.*system_prompt"):
+    with pytest.raises(TypeError, match=r"modle.*system_prompt"):
         client.create_session("my-agent", modle="x")  # type: ignore[call-arg]
 
 
@@ -428,8 +430,7 @@ async def test_a_cancelled_async_stream_closes_its_socket(stub: StubServer) -> N
         return [event async for event in stream]
 
     task = asyncio.create_task(read())
-    while stream.last_event_id != 4:
-        await asyncio.sleep(0.005)
+    await eventually(lambda: stream.last_event_id == 4)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import socket
 import stat
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -149,21 +150,26 @@ class Rig:
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=5)) as session:
             yield session
 
-    async def ask(self, body: Any = ASK, path: str = "/v1/messages", *, sandbox_id: str = "sb", method: str = "POST", **headers: str) -> Answer:
+    async def ask(
+        self, body: Any = ASK, path: str = "/v1/messages", *, sandbox_id: str = "sb", method: str = "POST", **headers: str
+    ) -> Answer:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         sent = {"content-type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
-        async with self.client(sandbox_id) as session, session.request(method, f"http://gateway{path}", data=data, headers=sent) as response:
+        async with (
+            self.client(sandbox_id) as session,
+            session.request(method, f"http://gateway{path}", data=data, headers=sent) as response,
+        ):
             return Answer(response.status, {name.lower(): value for name, value in response.headers.items()}, await response.read())
 
 
 @asynccontextmanager
-async def rigged(timing: Timing = QUICK, *, flags: dict[str, Any] | None = None, **environ: str) -> AsyncIterator[Rig]:
+async def rigged(environ: dict[str, str] | None = None, timing: Timing = QUICK, **flags: Any) -> AsyncIterator[Rig]:
     usage: list[tuple[str, dict[str, Any]]] = []
 
     async def on_usage(session_id: str, seen: dict[str, Any]) -> None:
         usage.append((session_id, seen))
 
-    config = load_config(flags, environ)
+    config = load_config(flags, environ or {})
     with tempfile.TemporaryDirectory() as folder:
         async with Gateway(config, on_usage=on_usage, timing=timing) as gateway:
             yield Rig(gateway, folder, usage)
@@ -174,14 +180,14 @@ async def connected(*handlers: Handler, timing: Timing = QUICK, **environ: str) 
     """A rig whose provider is an Upstream with these handlers."""
     async with listening(Upstream(*handlers)) as upstream:
         given = {"ANTHROPIC_API_KEY": KEY, "ANTHROPIC_BASE_URL": upstream.url, **environ}
-        async with rigged(timing, **given) as rig:
+        async with rigged(given, timing) as rig:
             await rig.open()
             yield rig, upstream
 
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0.005)
 
 
@@ -195,7 +201,16 @@ async def test_a_stream_arrives_byte_for_byte_and_its_usage_is_reported_once() -
     assert answer.headers["content-type"] == "text/event-stream"
     assert answer.headers["request-id"] == "req_1"
     assert rig.usage == [
-        ("session-1", {"model": "claude-real", "input_tokens": 11, "output_tokens": 7, "cache_creation_input_tokens": 2, "cache_read_input_tokens": 3})
+        (
+            "session-1",
+            {
+                "model": "claude-real",
+                "input_tokens": 11,
+                "output_tokens": 7,
+                "cache_creation_input_tokens": 2,
+                "cache_read_input_tokens": 3,
+            },
+        )
     ]
 
 
@@ -227,7 +242,7 @@ async def test_a_bearer_token_is_sent_as_one() -> None:
 
 
 async def test_the_path_of_the_base_url_and_only_the_beta_query_are_kept() -> None:
-    async with listening(Upstream(stream(WHOLE))) as upstream, rigged(ANTHROPIC_BASE_URL=f"{upstream.url}/proxy/") as rig:
+    async with listening(Upstream(stream(WHOLE))) as upstream, rigged({"ANTHROPIC_BASE_URL": f"{upstream.url}/proxy/"}) as rig:
         await rig.open()
         await rig.ask(path="/v1/messages?beta=true&x=1")
         await rig.ask(path="/v1/messages?x=1")
@@ -258,9 +273,12 @@ async def test_a_short_model_name_is_written_out_for_the_provider() -> None:
 
 
 async def test_events_are_passed_on_as_they_come() -> None:
-    async with connected(stream(frames(START), then="hang")) as (rig, _), rig.client() as session:
-        async with session.post("http://gateway/v1/messages", json=ASK) as response:
-            assert await response.content.readany() == frames(START)
+    async with (
+        connected(stream(frames(START), then="hang")) as (rig, _),
+        rig.client() as session,
+        session.post("http://gateway/v1/messages", json=ASK) as response,
+    ):
+        assert await response.content.readany() == frames(START)
 
 
 # Who may ask for what
@@ -322,10 +340,12 @@ async def test_a_body_beyond_the_limit_is_refused_with_the_limit(monkeypatch: py
 
 async def test_more_calls_at_once_than_allowed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ash.gateway._MAX_CALLS_PER_SANDBOX", 1)
-    async with connected(stream(frames(START), then="hang")) as (rig, upstream), rig.client() as session:
-        async with session.post("http://gateway/v1/messages", json=ASK):
-            answer = await rig.ask()
-    assert answer.status == 429
+    async with (
+        connected(stream(frames(START), then="hang")) as (rig, upstream),
+        rig.client() as session,
+        session.post("http://gateway/v1/messages", json=ASK),
+    ):
+        assert (await rig.ask()).status == 429
     assert len(upstream.requests) == 1
 
 
@@ -353,7 +373,8 @@ async def test_a_refused_key_says_where_it_is_set() -> None:
     async with connected(error(401, "invalid x-api-key", "authentication_error")) as (rig, _):
         answer = await rig.ask()
     assert answer.error["message"] == (
-        "The model provider refused the key: invalid x-api-key. Check ANTHROPIC_API_KEY, or ANTHROPIC_AUTH_TOKEN, and start the server again."
+        "The model provider refused the key: invalid x-api-key. "
+        "Check ANTHROPIC_API_KEY, or ANTHROPIC_AUTH_TOKEN, and start the server again."
     )
 
 
@@ -391,11 +412,11 @@ async def test_a_wait_longer_than_the_budget_is_left_to_the_user() -> None:
 
 
 async def test_a_provider_that_is_not_there_is_named() -> None:
-    async with rigged(Timing(retries=0), ANTHROPIC_BASE_URL="http://user:pw@127.0.0.1:9") as rig:
+    async with rigged({"ANTHROPIC_BASE_URL": "http://user:pw@127.0.0.1:9"}, Timing(retries=0)) as rig:
         await rig.open()
         answer = await rig.ask()
     assert answer.status == 502
-    assert "127.0.0.1:9 could not be reached" in answer.error["message"]
+    assert answer.error["message"] == "The model provider at 127.0.0.1:9 could not be reached: Connection refused."
     assert "pw" not in answer.body.decode()
 
 
@@ -522,11 +543,6 @@ async def test_a_closed_sandbox_is_not_listened_to_and_its_calls_end() -> None:
 
 async def test_a_socket_left_by_a_dead_server_is_replaced() -> None:
     async with connected(stream(WHOLE)) as (rig, _):
-        with open(rig.path("again"), "wb"):
-            pass
-        os.unlink(rig.path("again"))
-        import socket
-
         with socket.socket(socket.AF_UNIX) as old:
             old.bind(rig.path("again"))
         await rig.open("again")
@@ -561,7 +577,7 @@ async def test_a_folder_that_is_not_there_says_so() -> None:
     ],
 )
 async def test_the_settings_decide_the_provider(environ: dict[str, str], provider: str, model: str) -> None:
-    async with rigged(**environ) as rig:
+    async with rigged(environ) as rig:
         shown = rig.gateway.describe()
     assert (shown["provider"], shown["model"]) == (provider, model)
     assert ("notice" in shown) == (provider == "offline")
@@ -597,28 +613,32 @@ async def test_the_offline_model_refuses_what_the_real_api_refuses() -> None:
 
 async def test_a_scripted_error_passes_and_a_scripted_break_is_seen(tmp_path: Any) -> None:
     script = tmp_path / "script.json"
-    script.write_text(json.dumps({"replies": [{"text": "half of it", "error": {"status": 529, "times": 2, "headers": {"retry-after-ms": "1"}}, "cut": 4}]}))
-    async with rigged(flags={"offline_script": str(script)}) as rig:
+    script.write_text(
+        json.dumps(
+            {"replies": [{"text": "half of it", "error": {"status": 529, "times": 2, "headers": {"retry-after-ms": "1"}}, "cut": 4}]}
+        )
+    )
+    async with rigged(offline_script=str(script)) as rig:
         await rig.open()
         answer = await rig.ask()
     assert [event["type"] for event in answer.events] == ["message_start", "content_block_start", "ping", "content_block_delta", "error"]
 
 
 async def test_the_base_url_is_shown_without_its_password() -> None:
-    async with rigged(ANTHROPIC_BASE_URL="http://user:secret@proxy.test:8080/x/") as rig:
+    async with rigged({"ANTHROPIC_BASE_URL": "http://user:secret@proxy.test:8080/x/"}) as rig:
         assert rig.gateway.describe()["baseUrl"] == "http://proxy.test:8080/x"
 
 
 @pytest.mark.parametrize("url", ["ftp://x", "nonsense", "http://", "/path"])
 async def test_a_base_url_that_is_none_stops_the_start(url: str) -> None:
     with pytest.raises(ConfigError, match="ANTHROPIC_BASE_URL"):
-        async with rigged(ANTHROPIC_BASE_URL=url):
+        async with rigged({"ANTHROPIC_BASE_URL": url}):
             pass
 
 
 async def test_a_script_that_is_not_there_stops_the_start() -> None:
     with pytest.raises(ConfigError, match="No such file"):
-        async with rigged(flags={"offline_script": "/nowhere/script.json"}):
+        async with rigged(offline_script="/nowhere/script.json"):
             pass
 
 
@@ -641,7 +661,8 @@ def test_waits_double_with_jitter_up_to_a_limit() -> None:
 
 @pytest.mark.parametrize(
     ("headers", "seconds"),
-    [({"retry-after": "2"}, 2.0), ({"retry-after": "0.5"}, 0.5), ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5), ({}, None), ({"retry-after": "soon"}, None)],
+    [({"retry-after": "2"}, 2.0), ({"retry-after": "0.5"}, 0.5), ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5), ({}, None),
+     ({"retry-after": "soon"}, None)],
 )  # fmt: skip
 def test_the_asked_wait_is_read(headers: dict[str, str], seconds: float | None) -> None:
     assert retry.parse_retry_after(headers) == seconds

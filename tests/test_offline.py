@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,9 @@ def test_an_unknown_prompt_is_echoed_with_what_it_can_do() -> None:
     assert "run `ls`" in text
 
 
-@pytest.mark.parametrize("prompt", ["1/0", "9**9**9**9", "((((", "what is", "?", ".", "\u2028", "remember", "my is", "say", "count to 999999"])
+@pytest.mark.parametrize(
+    "prompt", ["1/0", "9**9**9**9", "((((", "what is", "?", ".", "\u2028", "remember", "my is", "say", "count to 999999"]
+)
 def test_odd_prompts_get_an_answer(prompt: str) -> None:
     assert said(Talk().say(prompt))
 
@@ -194,13 +197,15 @@ def test_reminders_that_the_client_puts_in_are_not_what_the_person_said() -> Non
 )
 def test_a_request_is_turned_into_tool_calls(prompt: str, expected: list[list[tuple[str, str, str]]]) -> None:
     steps = requested.plan(prompt, USUAL, "/workspace").steps
-    assert [[(call.name, key, call.input[key]) for call, (_, key, _) in zip(step, wanted, strict=True)] for step, wanted in zip(steps, expected, strict=True)] == expected
+    assert [len(step) for step in steps] == [len(step) for step in expected]
+    for call, (name, key, value) in zip(chain(*steps), chain(*expected), strict=True):
+        assert (call.name, call.input[key]) == (name, value)
 
 
 @pytest.mark.parametrize(
     "prompt",
-    ["What is a closure in JavaScript?", "show me an example", "what is node.js?", "write a poem", "make me happy", "date night ideas", "save it",
-     "id like to go", "tell me about reading books", "How do I list files in Python?", "find happiness"],
+    ["What is a closure in JavaScript?", "show me an example", "what is node.js?", "write a poem", "make me happy", "date night ideas",
+     "save it", "id like to go", "tell me about reading books", "How do I list files in Python?", "find happiness"],
 )  # fmt: skip
 def test_an_ordinary_sentence_asks_for_no_tool(prompt: str) -> None:
     assert requested.plan(prompt, USUAL).steps == []
@@ -267,7 +272,10 @@ def test_a_prompt_in_the_same_message_as_an_interrupted_result_counts() -> None:
     talk = Talk()
     first = talk.say("run `sleep 9`")
     call = next(block for block in first["content"] if block["type"] == "tool_use")
-    content = [{"type": "tool_result", "tool_use_id": call["id"], "content": "interrupted", "is_error": True}, {"type": "text", "text": "run `pwd`"}]
+    content = [
+        {"type": "tool_result", "tool_use_id": call["id"], "content": "interrupted", "is_error": True},
+        {"type": "text", "text": "run `pwd`"},
+    ]
     assert calls(talk._turn(content))[0][1]["command"] == "pwd"
 
 
@@ -290,7 +298,7 @@ WEATHER = {
 
 def test_another_tool_is_called_when_the_prompt_speaks_of_it() -> None:
     talk = Talk(tools=[WEATHER])
-    assert calls(talk.say("What is the weather in Paris for 3 days?")) == [("get_weather", {"city": "Paris for 3 days", "unit": "c", "days": 3})]
+    assert calls(talk.say("What is the weather in Paris for 3 days?")) == [("get_weather", {"city": "Paris", "unit": "c", "days": 3})]
     assert "`get_weather` answered:\n\n```\nsunny\n```" in said(talk.results("sunny"))
 
 
@@ -306,7 +314,11 @@ def test_a_forced_tool_is_called_and_a_forbidden_one_is_not() -> None:
 
 
 def test_a_json_schema_is_answered_with_json_that_fits() -> None:
-    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}, "tags": {"type": "array", "items": {"type": "string"}}}, "required": ["ok", "tags"]}
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}, "tags": {"type": "array", "items": {"type": "string"}}},
+        "required": ["ok", "tags"],
+    }
     reply = answer(user("tags for `x`"), output_config={"format": {"type": "json_schema", "schema": schema}})
     assert json.loads(said(reply)) == {"ok": True, "tags": ["x"]}
 
@@ -327,7 +339,9 @@ def rebuilt(streamed: list[Json]) -> list[Json]:
             blocks.append({**event["content_block"], "partial": ""})
         elif event["type"] == "content_block_delta":
             delta = event["delta"]
-            field = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature", "input_json_delta": "partial"}[delta["type"]]
+            field = {"text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature", "input_json_delta": "partial"}[
+                delta["type"]
+            ]
             blocks[-1][field] += delta.get("partial_json", delta.get("text", delta.get("thinking", delta.get("signature"))))
     for block in blocks:
         partial = block.pop("partial")
@@ -363,7 +377,9 @@ def test_text_comes_in_several_small_pieces() -> None:
 
 def test_the_same_request_gives_the_same_bytes_and_another_one_other_ids() -> None:
     assert events(user("run `ls`"), tools=TOOLS) == events(user("run `ls`"), tools=TOOLS)
-    assert events(user("run `ls`"), tools=TOOLS)[0]["message"]["id"] != events(user("run `ls`"), tools=TOOLS, max_tokens=9)[0]["message"]["id"]
+    assert (
+        events(user("run `ls`"), tools=TOOLS)[0]["message"]["id"] != events(user("run `ls`"), tools=TOOLS, max_tokens=9)[0]["message"]["id"]
+    )
 
 
 def test_thinking_can_be_left_out_of_sight() -> None:
@@ -458,7 +474,10 @@ REFUSED: list[tuple[Any, str]] = [
     (request(user("hi"), tool_use("a"), tool_result("b")), "unexpected `tool_use_id`"),
     (request(user("hi"), tool_use(), user("never mind")), "`tool_use` ids were found without `tool_result` blocks immediately after: t1"),
     (request(user("hi"), tool_use(), tool_result(), tool_use(), tool_result()), "ids must be unique"),
-    (request(user("hi"), {"role": "assistant", "content": [{"type": "thinking", "thinking": "x"}]}, user("x")), "thinking.signature: Field required"),
+    (
+        request(user("hi"), {"role": "assistant", "content": [{"type": "thinking", "thinking": "x"}]}, user("x")),
+        "thinking.signature: Field required",
+    ),
     (request(user("hi"), tools=[{"name": "x"}]), "tools.0.custom.input_schema: Field required"),
     (request(user("hi"), tools=[{"name": "a b", "input_schema": {"type": "object"}}]), "String should match pattern"),
     (request(user("hi"), tools=[{"name": "x", "input_schema": {}}]), "Input should be 'object'"),
@@ -469,7 +488,10 @@ REFUSED: list[tuple[Any, str]] = [
     (request(user("hi"), thinking={"type": "enabled", "budget_tokens": 5000}), "`max_tokens` must be greater than"),
     (request(user("hi"), thinking={"type": "maybe"}), "thinking: Input should"),
     (request(user("hi"), tools=TOOLS, thinking={"type": "adaptive"}, tool_choice={"type": "any"}), "Thinking may not be enabled"),
-    (request(user("hi"), tools=[{**tool, "cache_control": {"type": "ephemeral"}} for tool in TOOLS[:5]]), "A maximum of 4 blocks with cache_control"),
+    (
+        request(user("hi"), tools=[{**tool, "cache_control": {"type": "ephemeral"}} for tool in TOOLS[:5]]),
+        "A maximum of 4 blocks with cache_control",
+    ),
 ]
 
 
@@ -499,7 +521,9 @@ def player(*replies: Json) -> script.Player:
 
 
 def test_replies_come_in_order_by_the_turns_of_the_conversation() -> None:
-    playing = player({"text": "first"}, {"tools": [{"name": "Bash", "input": {"command": "ls"}}]}, {"text": "last", "stop_reason": "refusal"})
+    playing = player(
+        {"text": "first"}, {"tools": [{"name": "Bash", "input": {"command": "ls"}}]}, {"text": "last", "stop_reason": "refusal"}
+    )
     turns = [user("a"), {"role": "assistant", "content": "first"}, user("b"), tool_use(), tool_result()]
     heard = [stream.message(asked, playing.answer(asked)) for asked in (request(*turns[:1]), request(*turns[:3]), request(*turns))]
     assert [message["stop_reason"] for message in heard] == ["end_turn", "tool_use", "refusal"]
@@ -512,7 +536,7 @@ def test_after_its_end_the_demo_model_goes_on() -> None:
 
 
 def test_a_match_selects_a_reply_by_the_last_text_or_tool_result() -> None:
-    playing = player({"text": "in order"}, {"match": "wea.her", "text": "sunny"}, {"match": "(exit", "text": "literal"} | {"match": "exit"}, {"match": "^ok$", "text": "seen"})
+    playing = player({"text": "in order"}, {"match": "wea.her", "text": "sunny"}, {"match": "^ok$", "text": "seen"})
     assert playing.answer(request(user("the weather?"))).blocks[0]["text"] == "sunny"
     assert playing.answer(request(user("other"))).blocks[0]["text"] == "in order"
     assert playing.answer(request(user("weather"), tool_use(), tool_result())).blocks[0]["text"] == "seen"
@@ -520,7 +544,12 @@ def test_a_match_selects_a_reply_by_the_last_text_or_tool_result() -> None:
 
 def test_a_reply_has_thinking_then_text_then_tools_and_its_own_usage() -> None:
     asked = request(user("a"))
-    scripted = {"thinking": "hm", "text": "well", "tools": [{"name": "Bash", "id": "toolu_1"}], "usage": {"input_tokens": 7, "output_tokens": 9}}
+    scripted = {
+        "thinking": "hm",
+        "text": "well",
+        "tools": [{"name": "Bash", "id": "toolu_1"}],
+        "usage": {"input_tokens": 7, "output_tokens": 9},
+    }
     message = stream.message(asked, player(scripted).answer(asked))
     assert [block["type"] for block in message["content"]] == ["thinking", "text", "tool_use"]
     assert message["content"][2]["id"] == "toolu_1"
@@ -530,8 +559,8 @@ def test_a_reply_has_thinking_then_text_then_tools_and_its_own_usage() -> None:
 
 def test_chunk_sets_the_size_of_the_deltas() -> None:
     asked = request(user("a"))
-    deltas = [event["delta"]["text"] for event in stream.events(asked, player({"text": "abcdefg", "chunk": 3}).answer(asked)) if "delta" in event][:3]
-    assert deltas == ["abc", "def", "g"]
+    streamed = stream.events(asked, player({"text": "abcdefg", "chunk": 3}).answer(asked))
+    assert [event["delta"]["text"] for event in streamed if event["type"] == "content_block_delta"] == ["abc", "def", "g"]
 
 
 async def played(asked: Json, answer: stream.Answer) -> list[Json]:
@@ -543,15 +572,18 @@ async def test_an_error_comes_as_often_as_it_says_for_each_request() -> None:
     playing = player({"text": "fine", "error": {"status": 529, "message": "busy", "times": 2}})
     for asked in (request(user("a")), request(user("b"))):
         refusals = [playing.answer(asked).refusal for _ in range(3)]
-        assert [refusal and (refusal.status, refusal.kind, refusal.message) for refusal in refusals] == [(529, "overloaded_error", "busy")] * 2 + [None]
+        told = [refusal and (refusal.status, refusal.kind, refusal.message) for refusal in refusals]
+        assert told == [(529, "overloaded_error", "busy"), (529, "overloaded_error", "busy"), None]
 
 
-async def test_an_error_without_times_comes_always_and_is_raised_before_the_first_byte() -> None:
-    playing = player({"error": {"status": 429, "headers": {"retry-after": "1"}}})
+async def test_an_error_without_times_comes_always_and_before_the_first_byte() -> None:
+    playing = player({"error": {"status": 429, "message": "scripted", "headers": {"retry-after": "1"}}})
     for _ in range(3):
-        with pytest.raises(ModelRefused) as caught:
-            await offline.wait(playing.answer(request(user("a"))))
-    assert (caught.value.kind, caught.value.headers) == ("rate_limit_error", {"retry-after": "1"})
+        answer = playing.answer(request(user("a")))
+        assert answer.refusal is not None
+        assert (answer.refusal.kind, answer.refusal.headers) == ("rate_limit_error", {"retry-after": "1"})
+        with pytest.raises(ModelRefused, match="scripted"):
+            await offline.wait(answer)
 
 
 async def test_an_error_can_come_in_the_middle_of_the_stream() -> None:
@@ -563,11 +595,10 @@ async def test_an_error_can_come_in_the_middle_of_the_stream() -> None:
 
 async def test_a_cut_breaks_the_stream_after_so_many_events() -> None:
     asked = request(user("a"))
-    seen = bytearray()
+    chunks = offline.play(asked, player({"text": "words", "cut": 4}).answer(asked))
+    assert len(list(Decoder().feed(await anext(chunks)))) == 4
     with pytest.raises(StreamBroken):
-        async for chunk in offline.play(asked, player({"text": "words", "cut": 4}).answer(asked)):
-            seen += chunk
-    assert len(list(Decoder().feed(bytes(seen)))) == 4
+        await anext(chunks)
     with pytest.raises(StreamBroken):
         await offline.wait(player({"cut": 0}).answer(asked))
 
@@ -589,9 +620,9 @@ async def test_delays_are_kept() -> None:
     scripted = player({"text": "abcd", "chunk": 1, "delay": 0.03, "delta_delay": 0.01}).answer(asked)
     started = time.monotonic()
     await offline.wait(scripted)
-    assert 0.03 <= time.monotonic() - started
+    assert time.monotonic() - started >= 0.03
     assert [event["delta"]["text"] for event in await played(asked, scripted) if event["type"] == "content_block_delta"] == list("abcd")
-    assert 0.07 <= time.monotonic() - started
+    assert time.monotonic() - started >= 0.07
 
 
 BAD_SCRIPTS: list[tuple[Any, str]] = [
@@ -664,13 +695,19 @@ async def test_the_server_lists_its_model_and_refuses_other_paths() -> None:
 
 
 async def test_a_cut_closes_the_connection_in_the_middle() -> None:
-    async with serving({"text": "words and more words", "cut": 4}) as url, aiohttp.ClientSession() as session:
-        async with session.post(f"{url}/v1/messages", json=request(user("a"), stream=True)) as response:
-            with pytest.raises(aiohttp.ClientPayloadError):
-                await response.read()
+    async with (
+        serving({"text": "words and more words", "cut": 4}) as url,
+        aiohttp.ClientSession() as session,
+        session.post(f"{url}/v1/messages", json=request(user("a"), stream=True)) as response,
+    ):
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await response.read()
 
 
 async def test_a_scripted_error_has_its_status_and_headers() -> None:
-    async with serving({"error": {"status": 429, "headers": {"retry-after": "7"}}}) as url, aiohttp.ClientSession() as session:
-        async with session.post(f"{url}/v1/messages", json=request(user("a"))) as response:
-            assert (response.status, response.headers["retry-after"]) == (429, "7")
+    async with (
+        serving({"error": {"status": 429, "headers": {"retry-after": "7"}}}) as url,
+        aiohttp.ClientSession() as session,
+        session.post(f"{url}/v1/messages", json=request(user("a"))) as response,
+    ):
+        assert (response.status, response.headers["retry-after"]) == (429, "7")

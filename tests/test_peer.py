@@ -93,7 +93,7 @@ def test_another_user_is_told_from_us() -> None:
 
 @needs_root
 def test_another_user_who_hangs_up_at_once_does_not_pass_for_root() -> None:
-    """The kernel says uid 0 of a socket that its process has closed."""
+    """Many kernels say uid 0 of a socket that its process has closed."""
     with listening(socket.AF_INET, "127.0.0.1") as listener:
         with as_nobody(f"s = socket.socket(); s.connect({listener.getsockname()}); s.sendall(b'GET / HTTP/1.1'); s.close()") as child:
             assert child.wait(10) == 0

@@ -167,7 +167,7 @@ def _embedded_server(args: argparse.Namespace, terminal: Terminal, stack: ExitSt
     server = local.find(data_dir)
     if server is None:
         terminal.note("Starting a server for this conversation…", DIM)
-        arguments = ["--host", "127.0.0.1", "--port", "0", "--data-dir", data_dir, "--warm-sandboxes", "1"]
+        arguments = ["--host", "127.0.0.1", "--port", "0", "--data-dir", data_dir, "--warm-sandboxes", "1", "--shutdown-timeout", "1"]
         child = local.Child(arguments, data_dir, is_tied=True)
         stack.callback(child.end)
         server = child.wait_until_ready()

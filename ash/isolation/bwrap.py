@@ -98,16 +98,12 @@ def session_arguments(mounts: Mounts, bundle: str) -> list[str]:
     ]  # fmt: skip
 
 
-def wrap(
-    bwrap: str, system: System, command: Sequence[str], *, session: Sequence[str] = (), tmp_mb: int = 64, info_fd: int = -1
-) -> list[str]:
-    """The whole command line: `command` inside bubblewrap."""
-    arguments = [bwrap, *namespace_arguments(), *root_arguments(system, tmp_mb * MIB), *session, "--remount-ro", "/"]
+def options(system: System, *, session: Sequence[str] = (), tmp_mb: int = 64) -> list[str]:
+    """All of bubblewrap's options, in the order in which they have to be carried out."""
+    arguments = [*namespace_arguments(), *root_arguments(system, tmp_mb * MIB), *session, "--remount-ro", "/"]
     for name, value in ENVIRONMENT.items():
         arguments += ["--setenv", name, value]
-    if info_fd >= 0:
-        arguments += ["--info-fd", str(info_fd)]
-    return [*arguments, "--", *command]
+    return arguments
 
 
 def boot_arguments(python: str, bundle: str, listen_fd: int, orphan_timeout: float) -> list[str]:

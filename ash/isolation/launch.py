@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ash.errors import SandboxFailed
@@ -61,7 +61,7 @@ class Process:
             self._pidfd = -1
 
 
-def spawn(argv: Sequence[str], environment: dict[str, str], fds: Sequence[int], output: int) -> subprocess.Popen[bytes]:
+def spawn(argv: Sequence[str], environment: dict[str, str], fds: Iterable[int], output: int) -> subprocess.Popen[bytes]:
     """Start a process in its own session, with nothing inherited but what is given. Takes about a millisecond, so it may block."""
     return subprocess.Popen(
         argv, env=environment, pass_fds=tuple(fds), cwd="/", start_new_session=True,

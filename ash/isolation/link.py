@@ -88,11 +88,23 @@ class Rules:
         self.turn_id: str | None = None
         self.last_n = 0
         self._is_ready = False
+        self._query_id = 0
         self._commands: dict[int, str] = {}
 
     def sent(self, id: int, name: str) -> None:
         """A command that will be answered."""
         self._commands[id] = name
+
+    def begin_turn(self, id: int, turn_id: str) -> None:
+        self._query_id, self.turn_id = id, turn_id
+
+    def is_refusal(self, event: Event) -> bool:
+        """Whether an `error` says that the running turn's query could not be carried out."""
+        return self.turn_id is not None and event.get("command_id") == self._query_id
+
+    def is_answer(self, event: Event) -> bool:
+        id = event.get("command_id")
+        return event["ev"] in ("ok", "exec_result", "error") and isinstance(id, int) and id in self._commands
 
     def check(self, event: Event) -> None:
         """Raises ProtocolError unless `event` is allowed here; otherwise it is counted."""
@@ -102,11 +114,11 @@ class Rules:
             return
         if event["n"] != self.last_n + 1:
             raise ProtocolError(f"event {event['n']} after event {self.last_n}")
-        self.last_n += 1
         if name in _TURN_EVENTS or name == "done" or (name == "error" and "turn_id" in event):
             self._check_turn(event)
-        elif name != "log":
+        elif name != "log" and (name != "error" or self.is_answer(event)):
             self._check_command(event)
+        self.last_n += 1
 
     def _check_ready(self, event: Event) -> None:
         if self._is_ready or event["ev"] != "ready" or event["n"] != 0:
@@ -124,13 +136,12 @@ class Rules:
             self.turn_id = None
 
     def _check_command(self, event: Event) -> None:
-        name, id = event["ev"], event.get("command_id")
-        command = self._commands.get(id) if isinstance(id, int) else None
         allowed = {"ok": ("init",), "exec_output": ("exec",), "exec_result": ("exec",), "error": ("init", "exec")}
-        if command is None or command not in allowed[name]:
-            raise ProtocolError(f"{name} for a command that was not given")
-        if name != "exec_output" and isinstance(id, int):
-            del self._commands[id]
+        if self._commands.get(event["command_id"]) not in allowed[event["ev"]]:
+            raise ProtocolError(f"{event['ev']} for a command that was not given")
+
+    def answered(self, id: int) -> None:
+        del self._commands[id]
 
 
 class Inbox:
@@ -184,6 +195,7 @@ class Link:
         self._answers: dict[int, asyncio.Future[Event]] = {}
         self._ready: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
         self._acked = 0
+        self._held: int | None = None  # the event that the consumer is busy with
         self._is_closed = False
 
     @classmethod
@@ -215,19 +227,31 @@ class Link:
         if name == "ready":
             if not self._ready.done():
                 self._ready.set_result(event)
-        elif name in ("ok", "exec_result") or (name == "error" and "turn_id" not in event):
+        elif self._rules.is_answer(event):
             self._answer(event)
         elif name == "log":
             self._on_log(event["level"], event["text"])
             if self._inbox.has_room():
                 await self._inbox.put(event, len(line))
+        elif name == "error" and "turn_id" not in event:
+            await self._refused(event)
         elif name != "exec_output":
             await self._inbox.put(event, len(line))
 
+    async def _refused(self, event: Event) -> None:
+        """A command without an answer of its own failed. A turn that did not even begin ends like any other."""
+        self._on_log("stderr", event["error"])
+        if self._rules.is_refusal(event):
+            turn, self._rules.turn_id = self._rules.turn_id, None
+            for name, more in (("error", {}), ("done", {"status": "failed"})):
+                await self._inbox.put({"ev": name, "n": event["n"], "turn_id": turn, "error": event["error"], **more}, 0)
+
     def _answer(self, event: Event) -> None:
+        self._rules.answered(event["command_id"])
         future = self._answers.pop(event["command_id"], None)
         if future is not None and not future.done():
             future.set_result(event)
+        self._acknowledge(event["ev"])
 
     # Commands
 
@@ -255,9 +279,10 @@ class Link:
     async def query(self, turn_id: str, **fields: Any) -> None:
         if self._rules.turn_id is not None:
             raise SandboxFailed("a turn is already running in this sandbox")
-        self._rules.turn_id = turn_id
+        id = self._take_id()
+        self._rules.begin_turn(id, turn_id)
         try:
-            await self.tell("query", turn_id=turn_id, **fields)
+            await self._send(protocol.command("query", id, turn_id=turn_id, **fields))
         except SandboxFailed:
             self._rules.turn_id = None
             raise
@@ -286,11 +311,14 @@ class Link:
     async def events(self) -> AsyncIterator[Event]:
         """Events in order, until the link is closed and all were consumed. Asking for the next one acknowledges the last."""
         while (event := await self._inbox.get()) is not None:
+            self._held = event["n"]
             yield event
+            self._held = None
             self._acknowledge(event["ev"])
 
     def _acknowledge(self, name: str) -> None:
-        first = self._inbox.first_n()
+        """Tell the bridge up to which event it need not keep them; deltas are counted together."""
+        first = self._inbox.first_n() if self._held is None else self._held
         consumed = self._rules.last_n if first is None else first - 1
         if self._is_closed or consumed <= self._acked or (name == "delta" and consumed - self._acked < ACK_EVERY):
             return

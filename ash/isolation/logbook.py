@@ -24,8 +24,11 @@ class Logbook:
         self._bytes = 0
         self._next = 0
         self._rest = b""
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        self._offset = os.fstat(self.fd).st_size
+        flags = os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        self.output = os.open(path, os.O_WRONLY | flags, 0o600)
+        """For the child to write to; it gets no descriptor to read with."""
+        self._input = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._offset = os.fstat(self._input).st_size
 
     def system(self, text: str) -> None:
         """A line of our own."""
@@ -46,11 +49,11 @@ class Logbook:
 
     def _pull(self) -> None:
         """Take in what was printed since the last look; of a flood, only its end."""
-        if self.fd < 0:
+        if self._input < 0:
             return
-        end = os.fstat(self.fd).st_size
+        end = os.fstat(self._input).st_size
         start = max(self._offset, end - _READ_BYTES)
-        chunk = os.pread(self.fd, end - start, start) if end > start else b""
+        chunk = os.pread(self._input, end - start, start) if end > start else b""
         self._offset = end
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         self._rest = self._rest[-MAX_TEXT:]
@@ -67,7 +70,8 @@ class Logbook:
 
     def close(self) -> None:
         """Take in the last output and give the file back; the lines stay readable."""
-        if self.fd >= 0:
+        if self._input >= 0:
             self._pull()
-            os.close(self.fd)
-            self.fd = -1
+            os.close(self.output)
+            os.close(self._input)
+            self.output = self._input = -1

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ash.config import child_environ
 from ash.errors import ConfigError, IsolationUnavailable, SandboxFailed
 from ash.isolation import bundle, bwrap, host, interpreter
 from ash.isolation import cgroup as cgroups
@@ -37,6 +38,14 @@ class Place(NamedTuple):
     gateway_socket: str
 
 
+class Descriptors(NamedTuple):
+    """File descriptors that a sandbox's processes inherit; -1 where there is none."""
+
+    listen: int
+    info: int = -1
+    options: int = -1
+
+
 class Isolation:
     """How sandboxes are started here. `kind` is `bwrap` or `none`."""
 
@@ -56,26 +65,29 @@ class Isolation:
         """A host path as a sandbox's uid can reach it."""
         return self.stage.locate(path) if self.stage is not None else path
 
-    def command(self, place: Place, listen_fd: int, info_fd: int, orphan_timeout: float) -> list[str]:
+    def command(self, place: Place, fds: Descriptors, orphan_timeout: float) -> list[str]:
         """The command line of one sandbox. It holds no secret."""
         boxed = self.kind == "bwrap"
-        boot = bwrap.boot_arguments(self.python.path, bwrap.BUNDLE if boxed else self.bundle, listen_fd, orphan_timeout)
+        boot = bwrap.boot_arguments(self.python.path, bwrap.BUNDLE if boxed else self.bundle, fds.listen, orphan_timeout)
         if self.prlimit is not None:
             boot = [*bwrap.limit_arguments(self.prlimit, self.limits, processes=self.counts_processes), *boot]
         enter = launch_prefix(self.stage, place.uid, place.cgroup)
         if not boxed:
             return [*enter, *boot, "--root", place.folder, "--gateway-socket", place.gateway_socket]
+        return [*enter, self.bwrap, "--args", str(fds.options), "--info-fd", str(fds.info), "--", *boot]
+
+    def options(self, place: Place) -> bytes:
+        """What bubblewrap reads from `Descriptors.options`: on its command line it would fill every process list inside."""
         folder = self.locate(place.folder)
         gateway = self.locate(os.path.join(place.run_dir, "gw"))
         mounts = Mounts(f"{folder}/workspace", f"{folder}/home", f"{folder}/agent", gateway)
         session = bwrap.session_arguments(mounts, self.locate(self.bundle))
-        return [*enter, *bwrap.wrap(self.bwrap, self.system, boot, session=session, tmp_mb=self.tmp_mb, info_fd=info_fd)]
+        return b"".join(os.fsencode(part) + b"\0" for part in bwrap.options(self.system, session=session, tmp_mb=self.tmp_mb))
 
     def environment(self, place: Place) -> dict[str, str]:
         if self.kind == "bwrap":
             return bwrap.OUTER_ENVIRONMENT
-        home = os.path.join(place.folder, "home")
-        return {**bwrap.ENVIRONMENT, "HOME": home, "USER": "", "LOGNAME": "", "PATH": os.defpath + ":" + bwrap.ENVIRONMENT["PATH"]}
+        return child_environ(("PATH", "TZ"), {"HOME": os.path.join(place.folder, "home"), "LANG": "C.UTF-8"})
 
     @property
     def tmp_mb(self) -> int:
@@ -140,7 +152,7 @@ async def _prepare_none(isolation: Isolation, python: str) -> None:
 
 
 async def _prepare_bwrap(isolation: Isolation, python: str) -> None:
-    program = shutil.which("bwrap", path=os.environ.get("PATH", os.defpath) + ":" + bwrap.OUTER_ENVIRONMENT["PATH"])
+    program = shutil.which("bwrap") or shutil.which("bwrap", path=bwrap.OUTER_ENVIRONMENT["PATH"])
     if program is None:
         raise IsolationUnavailable(host.explain_missing())
     isolation.bwrap = program
@@ -195,7 +207,7 @@ async def _open_stage(sources: dict[str, str]) -> Stage:
 
 async def _probe(isolation: Isolation, command: Sequence[str]) -> tuple[int, str, str]:
     uid = UIDS[-1] if isolation.is_root else None
-    argv = [*launch_prefix(isolation.stage, uid, None), *bwrap.wrap(isolation.bwrap, isolation.system, command)]
+    argv = [*launch_prefix(isolation.stage, uid, None), isolation.bwrap, *bwrap.options(isolation.system), "--", *command]
     return await run(argv, bwrap.OUTER_ENVIRONMENT, PROBE_TIMEOUT)
 
 

@@ -161,7 +161,7 @@ def _fill(schema: Json, prompt: str, depth: int = 0) -> Any:
     if "const" in schema or "default" in schema:
         return schema.get("const", schema.get("default"))
     if isinstance(schema.get("enum"), list) and schema["enum"]:
-        named = [value for value in schema["enum"] if str(value).lower() in prompt.lower()]
+        named = [value for value in schema["enum"] if re.search(rf"\b{re.escape(str(value))}\b", prompt, re.IGNORECASE)]
         return (named or schema["enum"])[0]
     options = schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf")
     if isinstance(options, list) and options and depth < 8:
@@ -190,6 +190,6 @@ def _fill_kind(kind: Any, schema: Json, prompt: str, depth: int) -> Any:
 def _subject(prompt: str) -> str:
     """What the prompt is about: what it quotes, what follows "in", "for" or "of", else all of it."""
     quoted = re.search(r"[\"“`']([^\"”`']+)[\"”`']", prompt)
-    after = re.search(r"\b(?:in|for|of|about|at|from|to) ([^?.!,\n]+)", prompt)
+    after = re.search(r"\b(?:in|for|of|about|at|from|to) ([^?.!,\n]+?)(?= (?:in|for|of|on|at|from|to|with)\b|[?.!,\n]|$)", prompt)
     found = quoted or after
     return (found.group(1) if found else prompt).strip(" ?.!")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -98,8 +99,16 @@ class Direct:
         if isinstance(error, TimeoutError):
             return unreachable(self._where, "timeout", timed_out=True)
         is_final = isinstance(error, (aiohttp.ClientConnectorCertificateError, ssl.SSLCertVerificationError, ValueError))
-        reason = redact(str(error), self._secrets).rstrip(".") or type(error).__name__
+        reason = redact(_reason(error), self._secrets).rstrip(".")
         return unreachable(self._where, reason, may_retry=not is_final)
+
+
+def _reason(error: Exception) -> str:
+    """Why a connection failed, without the library's own wording where the system has one."""
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    if isinstance(cause, OSError) and cause.errno and cause.errno > 0 and not isinstance(cause, ssl.SSLError):
+        return os.strerror(cause.errno)
+    return str(cause) or type(error).__name__
 
 
 def parse_base_url(text: str) -> yarl.URL:

@@ -9,9 +9,9 @@ from typing import Any
 
 from aiohttp import web
 
-from ash import dialect, models
+from ash import __version__, dialect, models
 from ash.errors import InvalidRequest
-from ash.models import ENDED, Json
+from ash.models import ENDED, Event, Json
 from ash.routes import fields
 from ash.routes.parts import Parts, parts
 from ash.routes.requests import MIB, query, read_json, session_id, tenant
@@ -70,7 +70,9 @@ async def send(request: web.Request) -> web.StreamResponse:
     options = fields.parse(await read_json(request, limit), _SEND, required=("content",))
     content = options.pop("content")
     turn = await here.sessions.send(tenant(request), id, content, options)
-    return await TurnStream(request, here, id, after=turn.first_seq - 1).run()
+    # The turn's first event as it is in the log, but for its content, which may be tens of megabytes and is not shown.
+    started = Event(id, turn.first_seq, models.TURN_STARTED, {"turnId": turn.id, "version": __version__}, "")
+    return await TurnStream(request, here, id, after=turn.first_seq - 1).run(first=started)
 
 
 async def _rejoin(request: web.Request, here: Parts, id: str, cursor: int) -> web.StreamResponse:

@@ -45,10 +45,15 @@ class EventStream:
         """What a client is told when the stream has to end before its last event."""
         return sse.encode("error", {"error": error})
 
-    async def run(self, *, is_live: bool = True) -> web.StreamResponse:
-        """Send what the log has and, when `is_live`, what it gets: until the last event, the client's departure or the server's end."""
+    async def run(self, *, first: Event | None = None, is_live: bool = True) -> web.StreamResponse:
+        """Send what the log has and, when `is_live`, what it gets: until the last event, the client's departure or the server's end.
+
+        `first` is an event after `after` that is in the log and at hand already.
+        """
         try:
             await self._response.prepare(self._request)
+            if first is not None:
+                await self._send([first])
             await self._send_all(is_live)
         except ConnectionError:
             log.debug("session %s: a client left its stream after event %d", self._id, self._after)

@@ -20,7 +20,7 @@ _KEPT = 128 * 1024
 _MAX_STATE = 256 * 1024
 _FORGOTTEN = ("_", "SHLVL", "OLDPWD")
 # The state is written when the shell exits, however it exits; `command -p` finds env even when PATH was broken.
-_WITH_STATE = """trap '{ pwd -P; printf "\\0"; command -p env -0; } 2>/dev/null >&9' EXIT; cd -- "$2" || exit; eval "$1\""""
+_WITH_STATE = """trap '{ pwd -P || echo "$PWD"; printf "\\0"; command -p env -0; } 2>/dev/null >&9' EXIT; cd -- "$2" || exit; eval "$1\""""
 _IN_FOLDER = """cd -- "$2" || exit; eval "$1\""""
 
 

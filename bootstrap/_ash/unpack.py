@@ -15,7 +15,7 @@ from hashlib import file_digest, sha256
 from importlib.util import MAGIC_NUMBER
 from typing import NamedTuple
 
-from _ash import BundleError
+from _ash import BundleError, interpreter
 from _ash.table import GROUPS, MIN_GLIBC
 from ash import cache
 
@@ -29,11 +29,6 @@ _held: list[int | None] = []
 class Opened(NamedTuple):
     paths: list[str]  # for sys.path-like search
     extensions: dict[str, str]  # compiled modules: full name -> file
-
-
-def interpreter() -> str:
-    """cp311, cp313t, …"""
-    return "cp{}{}{}".format(*sys.version_info[:2], "t" if "t" in sys.abiflags else "")
 
 
 def platform() -> str:
@@ -50,7 +45,7 @@ def platform() -> str:
 
 def open_group(archive: str, group: str) -> Opened:
     """The search paths and compiled modules of `group`, unpacked and verified. Raises BundleError."""
-    on = platform()
+    on = platform() if GROUPS[group]["payloads"] else "any"
     if on == "any" and GROUPS[group]["needs_compiled"]:
         raise BundleError(
             "Bedrock and Vertex need compiled packages, which this file holds for CPython 3.11 to 3.14 on Linux (x86-64, aarch64) with "
@@ -119,9 +114,9 @@ def _is_whole(folder: str) -> bool:
     try:
         with open(os.path.join(folder, cache.MANIFEST), encoding="ascii") as manifest:
             lines = manifest.read().splitlines()
-        if not lines or lines.pop() != f"# {len(lines)} files":
+        if not lines or lines.pop() != f"# {len(lines)} lines":
             return False
-        return all(_digest(os.path.join(folder, name)) == digest for digest, _, name in (line.partition("  ") for line in lines))
+        return all(_digest(os.path.join(folder, name)) == digest for digest, _, name in (line.partition("  ") for line in lines[1:]))
     except (OSError, ValueError):
         return False
 
@@ -140,11 +135,19 @@ def _unpack(archive: str, group: str, on: str, root: str, folder: str) -> None:
         os.mkdir(building, 0o700)
         lines = [f"{_digest(os.path.join(building, name))}  {name}" for name in _write(archive, group, on, building, folder)]
         with open(os.path.join(building, cache.MANIFEST), "w", encoding="ascii") as manifest:
-            manifest.write("\n".join([*lines, f"# {len(lines)} files\n"]))
+            manifest.write("\n".join([_quick_check(building), *lines, f"# {len(lines) + 1} lines\n"]))
         if os.path.lexists(folder):
             _say(f"{folder} was damaged; unpacked it again")
             cache.remove(folder)
         os.rename(building, folder)
+
+
+def _quick_check(folder: str) -> str:
+    """The line that client commands look at, which have no time for more."""
+    from zlib import crc32
+
+    with open(os.path.join(folder, LIBRARY), "rb") as file:
+        return f"# crc32 {crc32(file.read()):08x}"
 
 
 def _remove_unfinished(root: str) -> None:

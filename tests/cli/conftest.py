@@ -39,10 +39,10 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "ash", *arguments]
 
 
-def run(*arguments: str, cwd: Path | None = None, stdin: str = "", **env: str) -> Done:
+def run(*arguments: str, env: dict[str, str] | None = None, cwd: Path | None = None, stdin: str = "") -> Done:
     """The command line as a child process, to its end."""
     done = subprocess.run(
-        command(*arguments), env=environment(**env), cwd=cwd, input=stdin, capture_output=True, text=True, timeout=60, check=False
+        command(*arguments), env=environment(**(env or {})), cwd=cwd, input=stdin, capture_output=True, text=True, timeout=60, check=False
     )
     return Done(done.returncode, done.stdout, done.stderr)
 

@@ -193,7 +193,8 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"logs": [{"index": 0, "level": "stderr", "text": "one line", "ts": ""}], "source": "sandbox"})
 
     def get_sessions_messages(self, id: str, _body: Json) -> None:
-        rows, after = [], int(self.query.get("after", 0))
+        rows: list[Json] = []
+        after = int(self.query.get("after", 0))
         for name, data in self.server.logs[id]:
             if name == "session_start" or data.get("type") in ("assistant", "result"):
                 role = "user" if name == "session_start" else "assistant"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from ash import __version__
-from ash.__main__ import COMMANDS, _load
+from ash.__main__ import COMMANDS
 from tests.cli.conftest import Ash, command, environment, run
 from tests.cli.stub_server import StubServer
 
@@ -75,7 +76,11 @@ def test_a_missing_key_says_where_to_give_it(ash: Ash, stub: StubServer) -> None
 
 
 def test_common_options_may_stand_before_the_command(call: Ash, stub: StubServer) -> None:
-    for arguments in (["--server", stub.url, "agent", "list"], [f"--server={stub.url}", "--json", "agent", "list"], ["agent", "--server", stub.url, "list"]):
+    for arguments in (
+        ["--server", stub.url, "agent", "list"],
+        [f"--server={stub.url}", "--json", "agent", "list"],
+        ["agent", "--server", stub.url, "list"],
+    ):
         done = call(*arguments)
         assert (done.code, '"my-agent"' in done.out) == (0, True), done
 
@@ -111,7 +116,7 @@ def test_a_reader_that_leaves_is_no_error(stub: StubServer) -> None:
     assert process.wait(10) == 141
 
 
-def test_an_unusable_client_config_is_named(call: Ash, home: object) -> None:
+def test_an_unusable_client_config_is_named(call: Ash, home: Path) -> None:
     from ash.cli import profile
 
     profile.save({})
@@ -141,12 +146,11 @@ def test_a_misspelt_variable_stops_config_with_its_name(call: Ash, monkeypatch: 
     assert "ASH_PROT" in done.err
 
 
-def test_cache_can_be_listed(call: Ash, monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_cache_can_be_listed(call: Ash, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ASH_CACHE_DIR", str(tmp_path))
     assert call("cache", "list", "--json").out.strip() == "[]"
     assert call("cache", "prune").code == 0
 
 
-def test_python_dash_m_works_from_any_folder(tmp_path: object) -> None:
-    assert run("version").out == f"ash {__version__}\n"
-    assert callable(_load)
+def test_python_dash_m_works_from_any_folder(tmp_path: Path) -> None:
+    assert run("version", cwd=tmp_path).out == f"ash {__version__}\n"

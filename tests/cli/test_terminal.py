@@ -65,7 +65,8 @@ def test_a_terminal_gets_clean_text_and_a_pipe_gets_it_unchanged() -> None:
 def test_notes_are_clean_everywhere_and_coloured_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    for err, no_color, expected in ((Screen(), False, "\x1b[36mtool\x1b[0m\n"), (Screen(), True, "tool\n"), (io.StringIO(), False, "tool\n")):
+    coloured, plain = (Screen(), False, "\x1b[36mtool\x1b[0m\n"), (Screen(), True, "tool\n")
+    for err, no_color, expected in (coloured, plain, (io.StringIO(), False, "tool\n")):
         Terminal(out=io.StringIO(), err=err, no_color=no_color).note("\x1b]0;x\x07tool", "36")
         assert err.getvalue() == expected
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import lzma
 import os
 import shutil
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PYTHONS = ("311", "312", "313", "314")
 ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
-IMPORT_SERVER_PARTS = "import _ash; _ash.install(); import aiohttp.web, aiosqlite, ash.store; print(aiohttp.__file__); print(ash.store.__file__)"
+IMPORT_SERVER_PARTS = (
+    "import _ash; _ash.install(); import aiohttp.web, aiosqlite, ash.store; print(aiohttp.__file__); print(ash.store.__file__)"
+)
 USE_CLOUD_PARTS = """
 import _ash; _ash.install()
 import anthropic, boto3, jiter, pydantic_core
@@ -66,13 +68,21 @@ class Machine:
         self.tmp.mkdir(mode=0o700)
 
     def env(self, **changes: str | None) -> dict[str, str]:
-        env = {"PATH": os.environ["PATH"], "HOME": str(self.home), "TMPDIR": str(self.tmp), "ASH_CACHE_DIR": str(self.cache), "PYTHONDONTWRITEBYTECODE": "1"}
+        env = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.home),
+            "TMPDIR": str(self.tmp),
+            "ASH_CACHE_DIR": str(self.cache),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         return {name: value for name, value in {**env, **changes}.items() if value is not None}
 
     def ash(self, *arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
         return self.run([python, str(self.pyz), *arguments])
 
-    def run_code(self, code: str, python: str = sys.executable, prefix: tuple[str, ...] = (), **env: str | None) -> subprocess.CompletedProcess[str]:
+    def run_code(
+        self, code: str, python: str = sys.executable, prefix: tuple[str, ...] = (), **env: str | None
+    ) -> subprocess.CompletedProcess[str]:
         return self.run([*prefix, python, "-c", code], PYTHONPATH=str(self.pyz), **env)
 
     def run(self, command: list[str], **env: str | None) -> subprocess.CompletedProcess[str]:
@@ -126,14 +136,18 @@ def test_client_commands_unpack_nothing(machine: Machine, arguments: list[str]) 
 
 
 def test_the_file_is_a_library_without_unpacking(machine: Machine) -> None:
-    code = "import ash.client, importlib.resources as r; from ash_ai import AshClient; print((r.files('ash') / 'bridge.py').read_text()[:3])"
+    code = (
+        "import ash.client, importlib.resources as r; from ash_ai import AshClient; print((r.files('ash') / 'bridge.py').read_text()[:3])"
+    )
     done = machine.run_code(code)
     assert (done.returncode, done.stdout) == (0, '"""\n'), done.stderr
     assert machine.unpacked() == []
 
 
 def test_asking_whether_a_package_exists_unpacks_nothing(machine: Machine) -> None:
-    done = machine.run_code("import _ash; _ash.install(); from importlib.util import find_spec; print(find_spec('pydantic_core') is not None)")
+    done = machine.run_code(
+        "import _ash; _ash.install(); from importlib.util import find_spec; print(find_spec('pydantic_core') is not None)"
+    )
     assert done.stdout == "True\n", done.stderr
     assert machine.unpacked() == []
 
@@ -162,7 +176,9 @@ def test_ten_first_starts_at_once_unpack_once(machine: Machine) -> None:
 
 
 def test_a_killed_first_start_is_made_good_by_the_next(machine: Machine) -> None:
-    process = subprocess.Popen([sys.executable, "-c", IMPORT_SERVER_PARTS], env=machine.env(PYTHONPATH=str(machine.pyz)), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPORT_SERVER_PARTS], env=machine.env(PYTHONPATH=str(machine.pyz)), stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 5
     while not list(machine.cache.glob(".unfinished-*")) and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -183,7 +199,16 @@ def cut_in_half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize(("pattern", "damage"), [("core-*/lib.zip", flip_a_byte), ("core-*/aiohttp*.so", cut_in_half), ("core-*/manifest", cut_in_half), ("core-*/y*.so", Path.unlink)])
+@pytest.mark.parametrize(
+    ("pattern", "damage"),
+    [
+        ("core-*/lib.zip", flip_a_byte),
+        ("ash-*/lib.zip", flip_a_byte),
+        ("core-*/aiohttp*.so", cut_in_half),
+        ("core-*/manifest", cut_in_half),
+        ("core-*/y*.so", Path.unlink),
+    ],
+)
 def test_a_damaged_cache_is_repaired(warm: Machine, pattern: str, damage: object) -> None:
     assert callable(damage)
     damage(next(warm.cache.glob(pattern)))
@@ -194,9 +219,27 @@ def test_a_damaged_cache_is_repaired(warm: Machine, pattern: str, damage: object
 
 
 def test_ash_modules_keep_their_resources_after_unpacking(warm: Machine) -> None:
-    code = "import _ash, importlib.resources as r; _ash.install(); import aiohttp, ash.sql; print(r.files('ash.sql').joinpath('0001_initial.sql').is_file(), r.files('ash').joinpath('runtime').is_dir())"
+    code = (
+        "import _ash, importlib.resources as r; _ash.install(); import aiohttp, ash.sql;"
+        "print(r.files('ash.sql').joinpath('0001_initial.sql').is_file(), r.files('ash').joinpath('runtime').is_dir())"
+    )
     done = warm.run_code(code)
     assert done.stdout == "True True\n", done.stderr
+
+
+@pytest.mark.parametrize(("variable", "below"), [("ASH_CACHE_DIR", ""), ("XDG_CACHE_HOME", "ash"), ("HOME", ".cache/ash")])
+def test_later_client_commands_use_the_unpacked_bytecode(warm: Machine, variable: str, below: str) -> None:
+    place = warm.tmp / "place"
+    shutil.copytree(warm.cache, place / below)
+    done = warm.run([sys.executable, str(warm.pyz), "cache", "list", "--json"], **{"ASH_CACHE_DIR": None, variable: str(place)})
+    used = {Path(row["path"]).name.partition("-")[0]: row["isUsed"] for row in json.loads(done.stdout)}
+    assert used == {"ash": True, "core": False}, done.stderr
+
+
+def test_client_commands_ignore_damaged_bytecode(warm: Machine) -> None:
+    flip_a_byte(next(warm.cache.glob("ash-*/lib.zip")))
+    done = warm.ash("cache", "list", "--json")
+    assert [row["isUsed"] for row in json.loads(done.stdout)] == [False, False]
 
 
 def test_packages_of_the_machine_are_never_mixed_in(warm: Machine) -> None:
@@ -269,10 +312,26 @@ def test_where_nothing_may_be_executed_the_cloud_parts_say_so(machine: Machine, 
 
 def test_an_unusable_cache_folder_ends_in_one_plain_line(machine: Machine) -> None:
     (machine.tmp / f"ash-{os.getuid()}").write_text("")
-    done = machine.run([sys.executable, str(machine.pyz), "start", "--port", "0", "--data-dir", str(machine.home / "data")], ASH_CACHE_DIR="/proc/none")
+    done = machine.run(
+        [sys.executable, str(machine.pyz), "start", "--port", "0", "--data-dir", str(machine.home / "data")], ASH_CACHE_DIR="/proc/none"
+    )
     assert done.returncode == 1
     assert done.stderr.startswith("ash: no folder to unpack into: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+MUSL = "import os; os.confstr = lambda name: int('unrecognized configuration name'); "
+
+
+def test_with_another_c_library_the_server_parts_run_without_compiled_modules(machine: Machine) -> None:
+    done = machine.run_code(MUSL + IMPORT_SERVER_PARTS + "; import multidict; print(multidict.MultiDict.__module__)")
+    assert done.stdout.splitlines()[-1:] == ["multidict._multidict_py"], done.stderr
+    assert not list(machine.cache.rglob("*.so"))
+
+
+def test_with_another_c_library_the_cloud_parts_say_what_they_need(machine: Machine) -> None:
+    done = machine.run_code(MUSL + "import _ash; _ash.install(); import anthropic")
+    assert "need compiled packages, which this file holds for CPython 3.11 to 3.14 on Linux (x86-64, aarch64) with glibc" in done.stderr
 
 
 # Damaged files and wrong interpreters.
@@ -302,7 +361,11 @@ def test_a_damaged_payload_is_named_and_never_unpacked(machine: Machine, tmp_pat
 
 def test_an_old_python_gets_a_plain_answer(machine: Machine) -> None:
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    old = [str(path) for pattern in ("2.7.*/bin/python2.7", "3.[6-9].*/bin/python3", "3.10.*/bin/python3") for path in sorted(pyenv.glob(pattern))]
+    old = [
+        str(path)
+        for pattern in ("2.7.*/bin/python2.7", "3.[6-9].*/bin/python3", "3.10.*/bin/python3")
+        for path in sorted(pyenv.glob(pattern))
+    ]
     if not old:
         pytest.skip("no Python older than 3.11 below pyenv")
     for python in old:
@@ -332,9 +395,14 @@ def test_cloud_parts_sign_requests_and_stay_apart(warm: Machine) -> None:
 # Contents.
 
 
-@pytest.fixture(scope="module", params=[(python, machine) for machine in ELF_MACHINES for python in PYTHONS], ids=lambda target: f"cp{target[0]}-{target[1]}")
-def target(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
-    yield request.param
+@pytest.fixture(
+    scope="module",
+    params=[(python, machine) for machine in ELF_MACHINES for python in PYTHONS],
+    ids=lambda target: f"cp{target[0]}-{target[1]}",
+)
+def target(request: pytest.FixtureRequest) -> tuple[str, str]:
+    python, machine = request.param
+    return python, machine
 
 
 def test_every_target_has_all_compiled_modules_for_its_machine(ash_pyz: Path, target: tuple[str, str]) -> None:
@@ -391,8 +459,9 @@ def test_prune_removes_old_builds_and_keeps_what_is_used_or_current(warm: Machin
     old, used = (warm.cache / f"core-cp311-any-{letter * 16}" for letter in "ab")
     for folder in (old, used):
         shutil.copytree(current, folder)
-    holder = subprocess.Popen([sys.executable, "-c", f"from ash import cache; assert cache.hold({str(used)!r}); print(flush=True); input()"],
-                              env=warm.env(PYTHONPATH=str(warm.pyz)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    code = f"from ash import cache; assert cache.hold({str(used)!r}); print(flush=True); input()"
+    env = warm.env(PYTHONPATH=str(warm.pyz))
+    holder = subprocess.Popen([sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     holder.stdout.readline()
     done = warm.ash("cache", "prune")

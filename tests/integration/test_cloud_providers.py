@@ -33,13 +33,18 @@ EVENTS: list[dict[str, Any]] = [
 
 class Seen:
     def __init__(self) -> None:
-        self.path, self.headers, self.body = "", {}, {}
-        self.calls = 0
+        self.path, self.calls = "", 0
+        self.headers: dict[str, str] = {}
+        self.body: dict[str, Any] = {}
 
 
 def aws_frame(event: dict[str, Any], kind: str = "chunk") -> bytes:
     """One message of AWS' event-stream encoding."""
-    payload = json.dumps({"bytes": base64.b64encode(json.dumps(event).encode()).decode()}).encode() if kind == "chunk" else json.dumps(event).encode()
+    payload = (
+        json.dumps({"bytes": base64.b64encode(json.dumps(event).encode()).decode()}).encode()
+        if kind == "chunk"
+        else json.dumps(event).encode()
+    )
     names = {":event-type": kind, ":message-type": "event"} if kind == "chunk" else {":exception-type": kind, ":message-type": "exception"}
     headers = b"".join(
         bytes([len(name)]) + name.encode() + b"\x07" + struct.pack(">H", len(value)) + value.encode()
@@ -87,9 +92,12 @@ async def gateway(folder: Path, variable: str, usage: list[dict[str, Any]]) -> A
 async def ask(socket_path: str, body: dict[str, Any] = ASK, path: str = "/v1/messages", **headers: str) -> tuple[int, bytes]:
     sent = {name.replace("_", "-"): value for name, value in headers.items()}
     timeout = aiohttp.ClientTimeout(total=30)
-    async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(socket_path), timeout=timeout) as session:
-        async with session.post(f"http://gateway{path}", json=body, headers=sent) as response:
-            return response.status, await response.read()
+    connector = aiohttp.UnixConnector(socket_path)
+    async with (
+        aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+        session.post(f"http://gateway{path}", json=body, headers=sent) as response,
+    ):
+        return response.status, await response.read()
 
 
 @pytest.fixture
@@ -126,7 +134,13 @@ def service_account(url: str, path: Path) -> str:
 
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()).decode()
-    account = {"type": "service_account", "client_email": "a@b.test", "token_uri": f"{url}/token", "private_key": pem, "private_key_id": "1"}
+    account = {
+        "type": "service_account",
+        "client_email": "a@b.test",
+        "token_uri": f"{url}/token",
+        "private_key": pem,
+        "private_key_id": "1",
+    }
     (path / "account.json").write_text(json.dumps({**account, "project_id": "project-1", "client_id": "1"}))
     return str(path / "account.json")
 

@@ -1,6 +1,6 @@
 """A small bridge for the sandbox tests: speaks the protocol, runs commands, and misbehaves in a turn as it is told.
 
-The content of a query is the name of a misdeed: flood, garbage, skip, foreign, deep, surrogates, hang up, die, exit, long, silent.
+The content of a query is the name of a misdeed; anything else is echoed.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class Bridge:
         elif deed == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         elif deed == "exit":
-            print("Traceback: something broke", file=sys.stderr, flush=True)
+            sys.stderr.write("Traceback: something broke\n")
+            sys.stderr.flush()
             os._exit(3)
         elif deed != "silent":
             self.send("message", turn_id=turn, data={"echo": deed})
@@ -96,6 +97,14 @@ def main() -> None:
     arguments = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
     listener = socket.socket(fileno=int(arguments["--listen-fd"]))
     listener.settimeout(float(arguments["--orphan-timeout"]))
+    if os.path.exists(os.path.join(root(arguments), "agent", "BROKEN")):
+        sys.exit("the agent said: do not start")
+    if os.path.exists(os.path.join(root(arguments), "agent", "MUTE")):
+        signal.pause()
     connection, _ = listener.accept()
     connection.settimeout(None)
-    Bridge(connection, arguments.get("--root", "")).serve()
+    Bridge(connection, root(arguments)).serve()
+
+
+def root(arguments: dict[str, str]) -> str:
+    return arguments.get("--root", "/")

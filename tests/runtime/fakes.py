@@ -26,7 +26,15 @@ WAIT = 5.0
 
 def events(*blocks: Json, stop: str = "end_turn", usage: Json | None = None, **delta: Any) -> list[Json]:
     """The stream events of a message with these blocks."""
-    start = {"id": "msg_1", "type": "message", "role": "assistant", "model": "m", "content": [], "stop_reason": None, "stop_sequence": None}
+    start: Json = {
+        "id": "msg_1",
+        "type": "message",
+        "role": "assistant",
+        "model": "m",
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+    }
     found: list[Json] = [{"type": "message_start", "message": {**start, "usage": usage or {"input_tokens": 10, "output_tokens": 1}}}]
     for index, block in enumerate(blocks):
         found += _block_events(index, block)
@@ -69,7 +77,12 @@ def calls(*uses: Json, **more: Any) -> list[Json]:
 
 def http(status: int, body: Json, **headers: str) -> bytes:
     payload = json.dumps(body).encode()
-    lines = [f"HTTP/1.1 {status} X", "Content-Type: application/json", f"Content-Length: {len(payload)}", *(f"{k}: {v}" for k, v in headers.items())]
+    lines = [
+        f"HTTP/1.1 {status} X",
+        "Content-Type: application/json",
+        f"Content-Length: {len(payload)}",
+        *(f"{k}: {v}" for k, v in headers.items()),
+    ]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + payload
 
 
@@ -109,10 +122,11 @@ class FakeGateway:
                 self._answer(connection)
 
     def _answer(self, connection: socket.socket) -> None:
-        head, _, rest = _until(connection, b"\r\n\r\n")
+        head, _, begun = _until(connection, b"\r\n\r\n")
+        rest = bytearray(begun)
         length = int(next(line.split(":")[1] for line in head.decode().split("\r\n") if line.lower().startswith("content-length")))
         while len(rest) < length:
-            rest += connection.recv(65536)
+            rest += connection.recv(1 << 20)
         self.headers.append(head.decode())
         self.requests.append(json.loads(rest))
         answer = self.script.pop(0) if self.script else text("nothing scripted")
@@ -158,7 +172,7 @@ class Driver:
         self._listener.listen(4)
         self.process = self._start(orphan_timeout, env, python)
         self.connection: socket.socket | None = None
-        self._buffer = b""
+        self._buffer = bytearray()
         self._next_id = 0
         self.acknowledges = True
         self.events: list[Json] = []
@@ -166,7 +180,16 @@ class Driver:
     def _start(self, orphan_timeout: float, env: dict[str, str] | None, python: str) -> subprocess.Popen[bytes]:
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ash.bridge import main; main()"
         number = str(self._listener.fileno())
-        arguments = ["--listen-fd", number, "--orphan-timeout", str(orphan_timeout), "--root", str(self.root), "--gateway-socket", self.gateway.path]
+        arguments = [
+            "--listen-fd",
+            number,
+            "--orphan-timeout",
+            str(orphan_timeout),
+            "--root",
+            str(self.root),
+            "--gateway-socket",
+            self.gateway.path,
+        ]
         base = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **(env or {})}
         return subprocess.Popen([python, "-I", "-S", "-B", "-c", code, *arguments], env=base, pass_fds=[self._listener.fileno()])
 
@@ -174,7 +197,7 @@ class Driver:
         """Connect as a (new) server does; the greeting."""
         if self.connection:
             self.connection.close()
-        self._buffer = b""
+        self._buffer.clear()
         self.connection = socket.socket(socket.AF_UNIX)
         self.connection.settimeout(WAIT)
         self.connection.connect(self.socket_path)
@@ -200,16 +223,19 @@ class Driver:
     def read(self) -> Json:
         """The next event, checked as the server does and acknowledged."""
         assert self.connection is not None
-        while b"\n" not in self._buffer:
-            chunk = self.connection.recv(65536)
+        scanned = 0
+        while (end := self._buffer.find(b"\n", scanned)) < 0:
+            scanned = len(self._buffer)
+            chunk = self.connection.recv(1 << 20)
             if not chunk:
                 raise EOFError("the bridge closed the connection")
             self._buffer += chunk
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        event = protocol.decode_event(line)
+        event = protocol.decode_event(bytes(self._buffer[:end]))
+        del self._buffer[: end + 1]
         self.events.append(event)
         if self.acknowledges and event["n"]:
-            self.send("ack", n=event["n"])
+            with suppress(BrokenPipeError):  # a bridge that shuts down is gone by now
+                self.send("ack", n=event["n"])
         return event
 
     def read_until(self, found: Callable[[Json], bool]) -> Json:

@@ -38,9 +38,14 @@ def main() -> None:
     files = [path for path in _files(call["path"]) if wanted(path)]
     if call["output_mode"] == "files_with_matches":
         files.sort(key=_modified, reverse=True)
+    has_context = call["output_mode"] == "content" and any(call.get(name) for name in ("-A", "-B", "-C"))
+    is_first = True
     for path in files:
-        for line in search_file(path, pattern, call):
-            out.write(line + "\n")
+        lines = list(search_file(path, pattern, call))
+        if lines and has_context and not is_first:
+            lines.insert(0, "--")
+        is_first = is_first and not lines
+        out.writelines(line + "\n" for line in lines)
 
 
 def compile_pattern(call: dict[str, Any]) -> re.Pattern[str]:
@@ -80,7 +85,7 @@ def _modified(path: str) -> float:
 
 
 def search_file(path: str, pattern: re.Pattern[str], call: dict[str, Any]) -> Iterator[str]:
-    """The lines ripgrep would print for one file: name, NUL, then what the mode asks for."""
+    """The lines ripgrep prints for one file: its name, and a NUL before what the mode adds to it."""
     content = _load(path)
     if content is None:
         return
@@ -91,7 +96,7 @@ def search_file(path: str, pattern: re.Pattern[str], call: dict[str, Any]) -> It
     if not hits:
         return
     if call["output_mode"] == "files_with_matches":
-        yield f"{path}\0"
+        yield path
     elif call["output_mode"] == "count":
         yield f"{path}\0{len(hits)}"
     else:

@@ -146,22 +146,13 @@ def _run_grep(bench: Workbench, given: Json, interrupt: Interrupt) -> Outcome:
         raise ToolError(f"The search took longer than {GREP_TIMEOUT:g} s. Narrow it with path, glob or type, or use a simpler pattern.")
     if result.code not in (0, 1) and not result.text:
         raise ToolError(f"pattern: {result.errors.strip() or 'the search failed'}")
-    lines = [line for line in result.text.splitlines() if _is_shown(line, bench)]
-    return _page(_relative(lines, bench.paths.workspace), given, mode, is_cut=result.is_cut)
-
-
-def _is_shown(line: str, bench: Workbench) -> bool:
-    """Every line starts with its file's name and a NUL, except the `--` between groups."""
-    name, found, _ = line.partition("\0")
-    return not found or bench.can_read(name)
-
-
-def _relative(lines: list[str], workspace: str) -> list[str]:
-    prefix = workspace + "/"
-    return [line.removeprefix(prefix).replace("\0", "", 1) if line.endswith("\0") else _joined(line.removeprefix(prefix)) for line in lines]
+    lines = [line for line in result.text.split("\n") if line and (line == "--" or bench.can_read(line.partition("\0")[0]))]
+    prefix = bench.paths.workspace + "/"
+    return _page([_joined(line.removeprefix(prefix)) for line in lines], given, mode, is_cut=result.is_cut)
 
 
 def _joined(line: str) -> str:
+    """A line of a match begins with its file's name and a NUL; the other modes' lines are names, or `--` between groups."""
     name, found, rest = line.partition("\0")
     if not found:
         return line
@@ -185,9 +176,9 @@ def _page(lines: list[str], given: Json, mode: str, *, is_cut: bool) -> Outcome:
 
 
 def _ripgrep(program: str, given: Json, mode: str, path: str) -> list[str]:
-    argv = [program, "--no-config", "--color=never", "--null", "--no-heading", "--with-filename", "--hidden", "--max-columns=2000"]
+    argv = [program, "--no-config", "--color=never", "--no-heading", "--with-filename", "--hidden", "--max-columns=2000"]
     argv += [f"--glob=!{name}" for name in _PRUNED]
-    argv += {"content": [], "count": ["--count"]}.get(mode, ["--files-with-matches", "--sortr=modified"])
+    argv += {"content": ["--null"], "count": ["--null", "--count"]}.get(mode, ["--files-with-matches", "--sortr=modified"])
     if mode == "content":
         argv += [f"{name}{int(given[name])}" for name in ("-A", "-B", "-C") if name in given]
         argv += ["-n"] if given.get("-n", True) else ["-N"]

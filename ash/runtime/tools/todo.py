@@ -19,9 +19,9 @@ def _run(bench: Workbench, given: Json, interrupt: Interrupt) -> Outcome:
 
 _TODO = schema(
     ["content", "status", "activeForm"],
-    content=text("The task, as an instruction: Run the tests", minLength=1),
+    content=text("The task, as an instruction: Run the tests"),
     status=text("Where the task stands", enum=_STATUSES),
-    activeForm=text("The task while it is worked on: Running the tests", minLength=1),
+    activeForm=text("The task while it is worked on: Running the tests"),
 )
 TODO_WRITE = Tool(
     "TodoWrite",

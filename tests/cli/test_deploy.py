@@ -1,0 +1,57 @@
+"""`ash deploy`: names, variables, progress and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ash.cli.deploy import read_env
+from ash.errors import InvalidRequest
+from tests.cli.conftest import Ash
+from tests.cli.stub_server import StubServer
+
+
+def test_deploying_twice_counts_the_version_up(ash: Ash, stub: StubServer, agent_folder: Path) -> None:
+    assert ash("deploy", str(agent_folder)) == (0, 'Deployed agent "my-folder" (v1)\n', "")
+    assert ash("deploy", str(agent_folder), "--name", "my-folder").out == 'Deployed agent "my-folder" (v2)\n'
+    assert json.loads(ash("deploy", str(agent_folder), "--json").out)["version"] == 3
+
+
+def test_a_name_is_made_of_the_folder_and_told_when_it_changes(ash: Ash, stub: StubServer, agent_folder: Path) -> None:
+    renamed = agent_folder.rename(agent_folder.parent / "my agent (2)")
+    done = ash("deploy", str(renamed))
+    assert done.err == "Normalized agent name: my-agent-2\n"
+    assert "my-agent-2" in stub.agents
+
+
+def test_variables_come_from_env_files_and_flags(ash: Ash, stub: StubServer, agent_folder: Path) -> None:
+    (agent_folder / ".env").write_text("A=1\nB=1\nC=1\n")
+    (agent_folder / ".env.local").write_text("B=2\nC=2\n")
+    done = ash("deploy", str(agent_folder), "-e", "C=3")
+    assert stub.agents["my-folder"]["env"] == {"A": "1", "B": "2", "C": "3"}
+    assert list(stub.agents["my-folder"]["files"]) == ["CLAUDE.md"]
+    assert done.out.endswith("  env: A, B, C\n")
+    assert done.err == "Loaded 3 env var(s) from .env\nLoaded 2 env var(s) from .env.local\n"
+
+
+def test_env_files_know_quotes_comments_and_export(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text("# all\n\nexport A=1 # one\nB='x # y'\nC=\"a\\nb\"\nD=\nE=a=b\n")
+    assert read_env(str(file)) == {"A": "1", "B": "x # y", "C": "a\nb", "D": "", "E": "a=b"}
+
+
+def test_a_bad_line_of_an_env_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / ".env"
+    file.write_text("A=1\nnonsense\n")
+    with pytest.raises(InvalidRequest, match="line 2"):
+        read_env(str(file))
+
+
+def test_a_folder_without_instructions_is_refused(ash: Ash, stub: StubServer, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = ash("deploy", str(tmp_path / "empty"))
+    assert done.code == 1
+    assert "CLAUDE.md" in done.err
+    assert stub.requests == []
