@@ -121,7 +121,7 @@ def _complain(error: Exception, terminal: Terminal) -> None:
 
     hint = str(getattr(error, "hint", ""))
     if isinstance(error, Unauthorized) and not hint:
-        hint = "give the right key with --api-key or ASH_API_KEY, or store it with `ash link URL --api-key KEY`"
+        hint = "give the right key with --api-key or ASH_API_KEY, or put it into config.json with `ash link URL --api-key KEY`"
     terminal.error(str(error), hint)
 
 

@@ -86,11 +86,13 @@ class EventLog:
         self._has_work = asyncio.Event()
         self._is_open = False
         self._is_followed = True
+        self.broken = asyncio.Event()
+        """Set when the writer has died: nothing can be recorded any more, and the server has to stop."""
         self._channels: dict[str, _Channel] = {}
 
     async def __aenter__(self) -> Self:
         self._is_open = True
-        _ = self._tasks.start(self._commit_forever(), "event log", lambda error: self._stop())
+        _ = self._tasks.start(self._commit_forever(), "event log", lambda error: self._break())
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -161,6 +163,10 @@ class EventLog:
                 news[append.session_id] = news.get(append.session_id, []) + events
         for session_id, events in news.items():
             self._channels[session_id].publish(events)
+
+    def _break(self) -> None:
+        self.broken.set()
+        self._stop()
 
     def _stop(self) -> None:
         """Without the writer nothing can be recorded any more: say so to everyone who waits or will come."""

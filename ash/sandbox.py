@@ -70,6 +70,11 @@ class Sandbox:
         process, place = self._process, self.place
         return SandboxHandle(self.id, process.pid, process.start_time, place.cgroup, place.run_dir, place.folder, place.uid)
 
+    @property
+    def is_alive(self) -> bool:
+        """Asks the kernel, which knows before we have been told."""
+        return self.failure is None and self._process.is_alive()
+
     async def ready(self) -> None:
         await self._link.ready()
 
@@ -240,6 +245,7 @@ class Sandboxes:
             self._replenisher.cancel()
             await asyncio.gather(self._replenisher, return_exceptions=True)
         await asyncio.gather(*(sandbox.stop(grace=2.0) for sandbox in list(self._alive.values())), return_exceptions=True)
+        await self._tasks.wait(timeout=GONE_TIMEOUT)
         await self._tasks.cancel()
         if self._isolation is not None:
             self._isolation.close()
@@ -285,7 +291,7 @@ class Sandboxes:
 
     async def _settle(self, sandbox: Sandbox, spec: SandboxSpec) -> bool:
         """Make a warm sandbox that of a session. False when it has died meanwhile."""
-        if sandbox.failure is not None:
+        if not sandbox.is_alive:
             return False
         try:
             await asyncio.to_thread(self._move_in, sandbox.place, spec)
@@ -293,10 +299,9 @@ class Sandboxes:
             await asyncio.shield(sandbox.stop(grace=0))
             raise
         sandbox.place = sandbox.place._replace(folder=spec.session_dir)
-        if sandbox.failure is not None:
+        if not sandbox.is_alive:
             await asyncio.to_thread(folders.remove_tree, spec.session_dir)
-            return False
-        return True
+        return sandbox.is_alive
 
     def _move_in(self, place: Place, spec: SandboxSpec) -> None:
         self._folders.claim_slot(place.folder, spec.session_dir)

@@ -22,7 +22,7 @@ from ash.events import EventLog
 from ash.gateway import Gateway, ModelAccess
 from ash.models import ACTIVE, ENDED, ERROR, PAUSED, STARTING, STOPPED, Agent, Json, NewEvent, Session
 from ash.sandbox import ExecResult, Sandbox, Sandboxes, SandboxSpec
-from ash.store import Store
+from ash.store import KEEP, Store
 from ash.tasks import Tasks
 from ash.turns import ActiveTurn, LiveSession
 
@@ -331,12 +331,13 @@ class Sessions:
     # Changing a session
 
     async def update_config(self, tenant_id: str, id: str, changes: Json) -> Session:
-        """Merge `changes` (model and the options that may change) into the session; they hold from its next message."""
+        """Merge `changes` (model and the options that may change; None takes one back) into the session, from its next message on."""
         session = await self._store.get_session(tenant_id, id)
         if session.status == ENDED:
             raise SessionEnded("Session has ended — create a new session")
         options = {**session.options, **{key: changes[key] for key in _CHANGEABLE if key in changes}}
-        session = await self._store.update_session(id, model=changes.get("model"), options=options)
+        given = {key: value for key, value in options.items() if value is not None}
+        session = await self._store.update_session(id, model=changes.get("model", KEEP), options=given)
         if id in self._live:
             self._live[id].needs_init = True
         return session

@@ -28,6 +28,8 @@ APPLICATION_ID = 0x41736844
 """Marks a database file as ours (`PRAGMA application_id`), so that another program's file is refused and not half overwritten."""
 CONVERSATION_TYPES = (models.TURN_STARTED, models.ASSISTANT_MESSAGE, models.USER_MESSAGE, models.RESULT_RECORDED)
 """The event types of the index `events_of_conversations`."""
+KEEP: Any = object()
+"""In place of a value that may be None: leave it as it is."""
 TOKEN_KINDS = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
 _OLDEST_SQLITE = (3, 35, 0)  # the first with RETURNING
@@ -366,16 +368,17 @@ class Store:
         return _session(rows[0]) if rows else None
 
     async def update_session(
-        self, id: str, *, model: str | None = None, options: Json | None = None, sandbox_id: str | None = None,
+        self, id: str, *, model: str | None = KEEP, options: Json | None = None, sandbox_id: str | None = None,
         last_active_at: str | None = None,
     ) -> Session:  # fmt: skip
-        """Change what is given and keep the rest."""
+        """Change what is given and keep the rest; None for `model` goes back to the default."""
         sql = f"""
-            UPDATE sessions SET model = coalesce(?, model), options = coalesce(?, options),
+            UPDATE sessions SET model = CASE WHEN ? THEN model ELSE ? END, options = coalesce(?, options),
                 sandbox_id = coalesce(?, sandbox_id), last_active_at = coalesce(?, last_active_at)
             WHERE id = ? RETURNING {_SESSION}
         """
-        rows = await self._write(sql, model, None if options is None else _dump(options), sandbox_id, last_active_at, id)
+        kept = (True, None) if model is KEEP else (False, model)
+        rows = await self._write(sql, *kept, None if options is None else _dump(options), sandbox_id, last_active_at, id)
         if not rows:
             raise SessionNotFound("Session not found")
         return _session(rows[0])

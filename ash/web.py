@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -24,7 +25,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from ash import __version__, models
 from ash.agents import Agents
 from ash.auth import GUARD, Guard, authenticate
-from ash.config import Config
+from ash.config import Config, drop_secrets
 from ash.errors import ConfigError
 from ash.events import EventLog
 from ash.gateway import Gateway
@@ -34,6 +35,7 @@ from ash.routes.parts import PARTS, Parts
 from ash.sandbox import Limits, Sandboxes
 from ash.sessions import Sessions
 from ash.store import Store
+from ash.usage import Usage
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +69,15 @@ async def _open_parts(app: web.Application) -> AsyncIterator[None]:
         async with (
             Store(os.path.join(config.data_dir, "ash.db")) as store,
             EventLog(store) as event_log,
-            Gateway(config, on_usage=store.add_usage) as gateway,
+            Gateway(config, on_usage=Usage(store, event_log).record) as gateway,
             _sandboxes(config, gateway) as sandboxes,
         ):
             keys = Keys(store, config.api_key)
             await keys.bootstrap(config.data_dir)
             agents_dir = os.path.join(config.data_dir, "agents")
+            await asyncio.to_thread(os.makedirs, agents_dir, 0o700, exist_ok=True)  # sandboxes get copies and links, never this folder
             found = Agents(store, agents_dir, max_bytes=config.max_agent_mb * 1024 * 1024, max_files=config.max_agent_files)
+            await found.prune()
             async with Sessions(
                 store=store, log=event_log, agents=found, gateway=gateway, sandboxes=sandboxes, config=config
             ) as live_sessions:
@@ -138,6 +142,7 @@ def run(config: Config) -> None:
     )  # fmt: skip
     logging.getLogger("aiosqlite").setLevel(logging.INFO)  # below that it logs every value it stores, secrets included
     logging.getLogger("aiohttp.server").addFilter(_is_worth_a_line)
+    drop_secrets()
     sockets = bind(config.host, config.port)
     try:
         asyncio.run(_serve(config, sockets))
@@ -201,10 +206,18 @@ async def _serve(config: Config, sockets: list[socket.socket]) -> None:
             await web.SockSite(runner, listener, backlog=1024).start()
         with _announced(config, sockets[0].getsockname()[1]) as url:
             _greet(config, runner.app, url)
-            log.info("stopping: %s", await stopped)
+            log.info("stopping: %s", await _first_of(stopped, runner.app[PARTS].log.broken))
             await runner.cleanup()
     finally:
         await runner.cleanup()  # for a start that failed; otherwise there is nothing left to do
+
+
+async def _first_of(stopped: asyncio.Future[str], broken: asyncio.Event) -> str:
+    """Why the server has to stop."""
+    watch: asyncio.Future[Any] = asyncio.ensure_future(broken.wait())
+    _ = await asyncio.wait([cast("asyncio.Future[Any]", stopped), watch], return_when=asyncio.FIRST_COMPLETED)
+    watch.cancel()
+    return stopped.result() if stopped.done() else "the event log can no longer be written"
 
 
 def _stop_on_signals() -> asyncio.Future[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -51,9 +52,10 @@ def make_agent(data_dir: str, name: str = "digest-1", **files: str) -> str:
 
 async def until(claim: Callable[[], Any], timeout: float = 5.0) -> None:
     """Wait until something holds."""
-    async with asyncio.timeout(timeout):
-        while not claim():
-            await asyncio.sleep(0.01)
+    deadline = time.monotonic() + timeout
+    while not claim():
+        assert time.monotonic() < deadline, "waited too long"
+        await asyncio.sleep(0.01)
 
 
 async def end_of(sandbox: Sandbox) -> list[dict[str, Any]]:
@@ -78,5 +80,6 @@ def leftovers(data_dir: str) -> list[str]:
 
 @asynccontextmanager
 async def open_pool(data_dir: str, **settings: Any) -> AsyncIterator[Pool]:
-    async with Pool(data_dir, **settings) as pool:
+    pool = Pool(data_dir, **settings)
+    async with pool:
         yield pool

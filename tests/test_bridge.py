@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ash import protocol
@@ -336,3 +337,21 @@ def test_a_bridge_with_a_server_does_not_end_itself(data_dir: str) -> None:
 
 def test_commands_do_not_inherit_the_bridge_s_descriptors(bridge: Driver) -> None:
     assert bridge.exec("ls /proc/self/fd")["stdout"].split() == ["0", "1", "2", "3"]
+
+
+def test_work_leaves_no_descriptor_thread_or_zombie_behind(bridge: Driver) -> None:
+    def left() -> tuple[int, int, int]:
+        process = psutil.Process(bridge.process.pid)
+        return process.num_fds(), process.num_threads(), len(process.children())
+
+    def work(turn_id: str) -> None:
+        bridge.gateway.script = [calls(tool("Bash", command="(sleep 0.1; echo x) &"), tool("Grep", "g", pattern="x")), text("x")]
+        bridge.turn(turn_id=turn_id)
+        bridge.exec("no-such-command", timeout=0.01)
+        bridge.exec("sleep 5", timeout=0.01)
+        bridge.exec("true", cwd="nowhere")
+
+    before = left()
+    for number in range(3):
+        work(f"w{number}")
+    until(lambda: left() == before, f"as at the beginning: {before}, not {left()}")

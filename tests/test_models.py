@@ -5,26 +5,26 @@ from __future__ import annotations
 import uuid
 
 from ash import dialect, models
-from ash.models import Event
+from ash.models import Event, Json
 
 SESSION = str(uuid.UUID(int=1))
-CALL = {"type": "tool_use", "id": "t1", "name": "Bash", "input": {"command": "ls"}}
-RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "a.txt", "is_error": False}
+CALL: Json = {"type": "tool_use", "id": "t1", "name": "Bash", "input": {"command": "ls"}}
+RESULT: Json = {"type": "tool_result", "tool_use_id": "t1", "content": "a.txt", "is_error": False}
 
 
-def assistant(*blocks: dict[str, object]) -> dict[str, object]:
+def assistant(*blocks: Json) -> Json:
     return {"type": "assistant", "message": {"role": "assistant", "content": list(blocks)}}
 
 
-def user(*blocks: dict[str, object]) -> dict[str, object]:
+def user(*blocks: Json) -> Json:
     return {"type": "user", "message": {"role": "user", "content": list(blocks)}, "tool_names": {"t1": "Bash"}}
 
 
-def logged(*entries: tuple[str, dict[str, object]]) -> list[Event]:
+def logged(*entries: tuple[str, Json]) -> list[Event]:
     return [Event(SESSION, seq, type, data, models.now()) for seq, (type, data) in enumerate(entries, 1)]
 
 
-def frames(message: dict[str, object], *, streamed: bool = False) -> list[str]:
+def frames(message: Json, *, streamed: bool = False) -> list[str]:
     events = logged(*models.expand(message, streamed=streamed))
     return [frame[0] for event in events if (frame := dialect.frame(event))]
 
@@ -46,7 +46,7 @@ def test_a_result_gives_turn_complete_first() -> None:
 
 
 def test_deltas_get_a_frame_of_their_own_kind() -> None:
-    def delta(**fields: str) -> dict[str, object]:
+    def delta(**fields: str) -> Json:
         return {"type": "stream_event", "event": {"type": "content_block_delta", "index": 0, "delta": fields}}
 
     assert frames(delta(type="text_delta", text="a")) == ["text_delta", "message"]

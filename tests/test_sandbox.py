@@ -1,9 +1,10 @@
-"""Sandboxes as their users see them, with a small bridge that misbehaves on demand and without isolation: what ends, what stays, what is said."""
+"""Sandboxes as their users see them, without isolation and with a small bridge that misbehaves on demand: what ends, what stays."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ash.errors import CapacityReached, ConfigError, IsolationUnavailable, SandboxFailed, Timeout
-from ash.isolation import launch, prepare
+from ash.isolation import launch
 from ash.models import SandboxHandle
 from ash.sandbox import Sandbox
 from tests.sandboxes import FAKE_BRIDGE, Pool, end_of, is_alive, leftovers, make_agent, open_pool, until
@@ -205,7 +206,6 @@ async def test_without_isolation_the_environment_is_still_built_from_nothing(poo
 async def test_without_isolation_children_in_other_sessions_end_too(pool: Pool) -> None:
     sandbox = await pool.take()
     await sandbox.exec("setsid sleep 300 > /dev/null 2>&1 < /dev/null & sleep 0.05")
-    asyncio.get_running_loop()
     family = launch.find_descendants(sandbox.handle.pid)
     await sandbox.stop(grace=0)
     assert not any(is_alive(pid) for pid in family)
@@ -254,7 +254,7 @@ async def test_an_interpreter_that_does_not_work_stops_the_start(data_dir: str) 
 
 
 async def test_without_bubblewrap_the_server_starts_and_claims_say_what_to_install(data_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare.shutil, "which", lambda name, path=None: None)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     async with open_pool(data_dir, warm=2) as pool:
         status = pool.status()
         assert status.isolation == "unavailable"

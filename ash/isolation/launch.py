@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -35,6 +36,13 @@ class Process:
         code = self._popen.wait()
         return 128 - code if code > 128 else code
 
+    def is_alive(self) -> bool:
+        if self._pidfd < 0:
+            return False
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        return not poller.poll(0)
+
     def terminate(self) -> None:
         """Ask the bridge to end. The namespace's first process would ignore it, so it goes to that one's children."""
         for pid in find_children(self.pid) if self._has_namespace else [self.pid]:
@@ -42,10 +50,12 @@ class Process:
                 os.kill(pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """End every process of the sandbox at once."""
+        """End every process of the sandbox at once. Harmless after `close`."""
+        if self._pidfd < 0:
+            return
         if self.cgroup is not None:
             cgroups.kill(self.cgroup)
-        if not self._has_namespace:
+        if not self._has_namespace and find_start_time(self.pid) in (None, self.start_time):
             kill_group(self.pid)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)

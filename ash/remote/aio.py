@@ -30,10 +30,14 @@ class AsyncConnection:
                 pieces = body.pieces()
                 while piece := await asyncio.to_thread(next, pieces, b""):
                     self._writer.write(piece)
-                    await asyncio.wait_for(self._writer.drain(), self.timeout)
-            await asyncio.wait_for(self._writer.drain(), self.timeout)
+                    await self._drain()
+            await self._drain()
         except (BrokenPipeError, ConnectionResetError):
             pass  # the server may have answered and closed before it read all of it; that answer says why
+
+    async def _drain(self) -> None:
+        async with asyncio.timeout(self.timeout):
+            await self._writer.drain()
 
     async def read_head(self) -> Head:
         while self._parser.head is None:
@@ -54,7 +58,8 @@ class AsyncConnection:
         return bytes(body)
 
     async def _receive(self) -> bytes:
-        data = await asyncio.wait_for(self._reader.read(_RECEIVE), self.timeout)
+        async with asyncio.timeout(self.timeout):
+            data = await self._reader.read(_RECEIVE)
         if not data:
             self._parser.end()
             return b""
@@ -66,10 +71,10 @@ class AsyncConnection:
 
 async def connect(server: Server, timeout: float) -> AsyncConnection:
     try:
-        opening = asyncio.open_connection(server.host, server.port, ssl=server.tls())
-        reader, writer = await asyncio.wait_for(opening, timeout)
+        async with asyncio.timeout(timeout):
+            reader, writer = await asyncio.open_connection(server.host, server.port, ssl=server.tls())
     except OSError as error:
-        raise CannotConnect(str(error.strerror or error)) from _cause(error)
+        raise CannotConnect(str(error.strerror or error) or "timed out") from _cause(error)
     return AsyncConnection(reader, writer, timeout)
 
 

@@ -8,6 +8,7 @@ instead. Where the history can tell, the stream goes on with the turn that was f
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Generator
 from typing import Any
 
@@ -24,6 +25,8 @@ Step = float | Call[Any]
 _DELAYS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 5.0, 5.0, 5.0, 5.0)
 _SEARCH_DELAYS = (0.0, 0.5, 1.5)
 _PAGE = 1000
+_STABLE = 5.0
+"""Seconds after which a connection counts as good although it brought no event: an idle session is silent but for keepalives."""
 _PASSING = (CapacityReached, RateLimited, Timeout, UpstreamError)
 
 
@@ -37,16 +40,19 @@ class StreamState:
         self.is_finished = False
         self.gave_up = False
         self._decoder = sse.Decoder()
+        self._connected_at = time.monotonic()
         self._failures = 0
 
     def decode(self, chunk: bytes) -> list[Event]:
         """The new events in `chunk`. One that was seen before the connection broke is left out."""
-        self._failures = 0  # a comment that keeps the stream alive is a sign of life too
         try:
             frames = list(self._decoder.feed(chunk))
         except ValueError as error:
             raise BrokenResponse(str(error)) from error
-        return [event for frame in frames if (event := self._accept(frame)) is not None]
+        events = [event for frame in frames if (event := self._accept(frame)) is not None]
+        if events or time.monotonic() - self._connected_at > _STABLE:
+            self._failures = 0
+        return events
 
     def _accept(self, frame: sse.Frame) -> Event | None:
         id = int(frame.id) if frame.id is not None and frame.id.isdecimal() else None
@@ -64,6 +70,7 @@ class StreamState:
     def connected(self) -> None:
         """A new connection stands: bytes of the last one must not mix with it."""
         self._decoder = sse.Decoder()
+        self._connected_at = time.monotonic()
 
     def is_passing(self, error: Exception) -> bool:
         """Whether it makes sense to try again: the connection broke, or the server is not ready yet."""
@@ -113,7 +120,6 @@ class TurnState(StreamState):
             raise error
         self._was_sent = True
         yield self._pause(error)
-        self.reconnects += 1
         if self.last_id is not None:
             return calls.continue_turn(self.session_id, self.last_id)
         self._turns_to_skip = yield from self._find_turn(error)
@@ -157,7 +163,6 @@ class FollowState(StreamState):
         if isinstance(error, StreamOver):
             session = yield calls.get_session(self.session_id)
             self.is_finished = session.status == "ended"
-        self.reconnects += 1
         return calls.follow(self.session_id, self.last_id or 0)
 
 

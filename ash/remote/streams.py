@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -101,13 +101,15 @@ class EventStream(Iterator[Event]):
             self._disconnect()
             try:
                 call = self._carry_out(self._state.plan(error))
-                if not self._state.is_finished:
-                    self._open(call)
+                if self._state.is_finished:
+                    return
+                self._open(call)
             except (OSError, AshError) as problem:
                 if not self._state.is_passing(problem):
                     raise
                 error = problem
                 continue
+            self._state.reconnects += 1
             if self._on_reconnect is not None:
                 self._on_reconnect(self._state.session_id, self._state.reconnects)
             return
@@ -213,13 +215,15 @@ class AsyncEventStream(AsyncIterator[Event]):
             self._disconnect()
             try:
                 call = await self._carry_out(self._state.plan(error))
-                if not self._state.is_finished:
-                    await self._open(call)
+                if self._state.is_finished:
+                    return
+                await self._open(call)
             except (OSError, AshError) as problem:
                 if not self._state.is_passing(problem):
                     raise
                 error = problem
                 continue
+            self._state.reconnects += 1
             if self._on_reconnect is not None:
                 self._on_reconnect(self._state.session_id, self._state.reconnects)
             return
@@ -252,6 +256,10 @@ class AsyncEventStream(AsyncIterator[Event]):
 
     async def aclose(self) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        with suppress(RuntimeError):  # the event loop may be gone already
+            self._disconnect()
 
     async def __aenter__(self) -> AsyncEventStream:
         return self

@@ -58,7 +58,7 @@ class Calls:
 
     def _work(self, use: Json) -> None:
         try:
-            self.outcomes[use["id"]] = self._call(use)
+            self.outcomes[use["id"]] = _printable(self._call(use))
         except ToolError as error:
             self.outcomes[use["id"]] = _failed(str(error))
         except Interrupted:
@@ -94,6 +94,13 @@ class Calls:
 def _result(call_id: str, outcome: Outcome) -> Json:
     block = {"type": "tool_result", "tool_use_id": call_id, "content": outcome.content}
     return {**block, "is_error": True} if outcome.is_error else block
+
+
+def _printable(outcome: Outcome) -> Outcome:
+    """A file name that is no UTF-8 comes as half characters, which the API refuses."""
+    if isinstance(outcome.content, str) and not outcome.content.isascii():
+        return outcome._replace(content=outcome.content.encode("utf-8", "replace").decode("utf-8"))
+    return outcome
 
 
 def _failed(text: str) -> Outcome:

@@ -8,7 +8,8 @@ from typing import Any
 
 from ash.runtime.paths import Paths, tool_environ
 from ash.runtime.permissions import PLAN, Permissions
-from ash.runtime.settings import read_settings, system_prompt
+from ash.runtime.prompt import system_prompt
+from ash.runtime.settings import read_settings
 from ash.runtime.tools import TOOLS, Workbench
 from ash.runtime.transcript import repair
 

@@ -5,6 +5,7 @@ Producers wait when it is full; the thread that reads commands never does, or ac
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections import deque
@@ -44,6 +45,8 @@ class Outbox:
                 self._changed.wait()
             number = self._acknowledged + len(self._lines) + 1
             line = protocol.encode(protocol.event(name, number, **fields))
+            if b"\\ud" in line:
+                line = _without_half_characters(line)
             if len(line) > protocol.MAX_LINE_BYTES:
                 raise ValueError(f"a {name} event of {len(line)} bytes does not fit into a line of {protocol.MAX_LINE_BYTES}")
             self._lines.append(line)
@@ -94,6 +97,13 @@ class Outbox:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+
+
+def _without_half_characters(line: bytes) -> bytes:
+    """Half of a surrogate pair, as in a file name that is no UTF-8, is no text: nobody could store or print it."""
+    text = json.dumps(json.loads(line), ensure_ascii=False)
+    whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return protocol.encode(json.loads(whole))
 
 
 class Connection:

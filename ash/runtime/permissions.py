@@ -66,13 +66,15 @@ class Permissions:
         self._problem = settings.problem
         self._deny = _parse_rules([*settings.deny, *disallowed], is_denial=True)
         self._ask = _parse_rules(settings.ask, is_denial=True)
+        allowed = list(allowed)
         self._allow = _parse_rules([*settings.allow, *allowed], is_denial=False)
-        self.mode = self._choose(mode, settings)
+        # Who lists what is allowed, and names no mode, means that the rest is not.
+        folder_mode = None if settings.default_mode == BYPASS else settings.default_mode  # not a folder's to choose
+        self.mode = self._choose(mode or folder_mode or (DEFAULT if allowed else BYPASS), settings)
 
     @staticmethod
-    def _choose(mode: str | None, settings: Settings) -> str:
+    def _choose(chosen: str, settings: Settings) -> str:
         """The session's mode counts; the folder's own only where the session names none. An unknown one is the strict default."""
-        chosen = mode or settings.default_mode or BYPASS
         if chosen not in MODES or (chosen == BYPASS and settings.forbids_bypass):
             return DEFAULT
         return chosen

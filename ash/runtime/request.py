@@ -74,12 +74,15 @@ def _marked(system: list[str], tools: list[Json], transcript: list[Json]) -> Jso
 
 def _count_marks(message: Json) -> int:
     content = message["content"]
-    return sum("cache_control" in block for block in content) if isinstance(content, list) else 0
+    return sum(isinstance(block, dict) and "cache_control" in block for block in content) if isinstance(content, list) else 0
 
 
 def _can_mark(message: Json) -> bool:
     content = message["content"]
-    return isinstance(content, str) or (content[-1].get("type") in _MARKABLE and "cache_control" not in content[-1])
+    if isinstance(content, str):
+        return bool(content)
+    last = content[-1] if content else None
+    return isinstance(last, dict) and last.get("type") in _MARKABLE and "cache_control" not in last
 
 
 def _mark(message: Json) -> Json:

@@ -1,4 +1,4 @@
-"""Reads what the agent's folder says: its prompt and its `.claude/settings.json`. Never writes, and obeys no folder against its session.
+"""Reads the `.claude/settings.json` of the agent's folder. Never writes, and obeys no folder against its session.
 
 A settings file that cannot be understood must not lose its deny rules silently: `problem` then says what is wrong and
 where, and no tool runs.
@@ -10,10 +10,7 @@ import json
 import os
 from typing import Any, NamedTuple
 
-from ash.runtime.paths import Paths
-
 FILES = (".claude/settings.json", ".claude/settings.local.json")
-DEFAULT_PROMPT = "You are a helpful assistant that can use tools to work with files and run commands."
 _LISTS = ("allow", "deny", "ask")
 
 
@@ -91,28 +88,3 @@ def _env_value(value: Any, key: str) -> str:
     if "\0" in str(value) or "=" in key or not key or "\0" in key:
         raise _Broken(f": env.{key!r} is no name and value of an environment variable")
     return str(value)
-
-
-def system_prompt(option: str | None, paths: Paths, today: str) -> list[str]:
-    """The prompt of the session, else the agent's CLAUDE.md, followed by where the agent is.
-
-    `today` is fixed at `init`: a date taken anew each turn would change the cached prefix of a long conversation.
-    """
-    prompt = option if option is not None else _read_prompt(paths.agent)
-    place = (
-        "<env>\n"
-        f"Working directory: {paths.workspace}\n"
-        f"Agent files (read-only): {paths.agent}\n"
-        "Platform: linux, in a sandbox of its own\n"
-        f"Today's date: {today}\n"
-        "</env>"
-    )
-    return [prompt if prompt.strip() else DEFAULT_PROMPT, place]
-
-
-def _read_prompt(agent_dir: str) -> str:
-    try:
-        with open(os.path.join(agent_dir, "CLAUDE.md"), "rb") as file:
-            return file.read().decode("utf-8-sig", "replace")
-    except OSError:
-        return ""

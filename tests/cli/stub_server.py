@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import ssl
 import threading
 import uuid
 from collections.abc import Iterator
@@ -259,8 +260,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def stub_server() -> Iterator[StubServer]:
+def stub_server(tls: ssl.SSLContext | None = None) -> Iterator[StubServer]:
     server = StubServer()
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

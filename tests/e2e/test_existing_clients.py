@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from ash_sdk import AshClient
 
 from tests.e2e.servers import Server, running
-
-ash_sdk = pytest.importorskip("ash_sdk", reason="PyPI's ash-ai-sdk is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -20,22 +20,22 @@ def server(ash_pyz: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.fixture
-def client(server: Server) -> ash_sdk.AshClient:
-    return ash_sdk.AshClient(server.url, token=server.key())
+def client(server: Server) -> AshClient:
+    return AshClient(server.url, token=server.key())
 
 
 @pytest.fixture
-def agent(client: ash_sdk.AshClient) -> str:
+def agent(client: AshClient) -> str:
     examples = Path(__file__).parents[2] / "examples" / "quickstart"
     assert client.deploy_agent("sdk-agent", str(examples)).name == "sdk-agent"
     return "sdk-agent"
 
 
-def events_of(client: ash_sdk.AshClient, session_id: object, text: str, **options: object) -> list[object]:
+def events_of(client: AshClient, session_id: object, text: str, **options: Any) -> list[Any]:
     return list(client.send_message_stream(str(session_id), text, **options))
 
 
-def test_a_stream_begins_with_the_session_and_ends_with_one_done(client: ash_sdk.AshClient, agent: str) -> None:
+def test_a_stream_begins_with_the_session_and_ends_with_one_done(client: AshClient, agent: str) -> None:
     session = client.create_session(agent)
     names = [type(event).__name__ for event in events_of(client, session.id, "Hello")]
     assert names[0] == "SessionStartEvent"
@@ -45,7 +45,7 @@ def test_a_stream_begins_with_the_session_and_ends_with_one_done(client: ash_sdk
     client.end_session(str(session.id))
 
 
-def test_partial_messages_give_the_same_text_as_the_whole_one(client: ash_sdk.AshClient, agent: str) -> None:
+def test_partial_messages_give_the_same_text_as_the_whole_one(client: AshClient, agent: str) -> None:
     session = client.create_session(agent)
     events = events_of(client, session.id, "What is a closure in JavaScript?", include_partial_messages=True)
     deltas = "".join(event.delta for event in events if type(event).__name__ == "TextDeltaEvent")
@@ -54,7 +54,7 @@ def test_partial_messages_give_the_same_text_as_the_whole_one(client: ash_sdk.As
     client.end_session(str(session.id))
 
 
-def test_a_tool_call_shows_its_use_and_its_result(client: ash_sdk.AshClient, agent: str) -> None:
+def test_a_tool_call_shows_its_use_and_its_result(client: AshClient, agent: str) -> None:
     session = client.create_session(agent)
     events = {type(event).__name__: event for event in events_of(client, session.id, "Run the command `echo \u2028 sea`")}
     assert events["ToolUseEvent"].name == "Bash"
@@ -63,7 +63,7 @@ def test_a_tool_call_shows_its_use_and_its_result(client: ash_sdk.AshClient, age
     client.end_session(str(session.id))
 
 
-def test_pause_resume_stop_and_end(client: ash_sdk.AshClient, agent: str) -> None:
+def test_pause_resume_stop_and_end(client: AshClient, agent: str) -> None:
     id = str(client.create_session(agent).id)
     events_of(client, id, "My name is Grace.")
     assert client.pause_session(id).status == "paused"
@@ -78,7 +78,7 @@ def test_pause_resume_stop_and_end(client: ash_sdk.AshClient, agent: str) -> Non
     assert client.end_session(id).status == "ended"
 
 
-def test_fork_has_the_conversation_and_the_files(client: ash_sdk.AshClient, agent: str) -> None:
+def test_fork_has_the_conversation_and_the_files(client: AshClient, agent: str) -> None:
     id = str(client.create_session(agent).id)
     events_of(client, id, "My name is Grace.")
     events_of(client, id, "Write anchor to kept.txt")
@@ -91,7 +91,7 @@ def test_fork_has_the_conversation_and_the_files(client: ash_sdk.AshClient, agen
         client.end_session(each)
 
 
-def test_lists_and_health_parse_into_the_clients_models(client: ash_sdk.AshClient, agent: str) -> None:
+def test_lists_and_health_parse_into_the_clients_models(client: AshClient, agent: str) -> None:
     session = client.create_session(agent)
     assert str(session.id) in {str(found.id) for found in client.list_sessions(agent=agent, status="active")}
     assert client.get_session(str(session.id)).agent_name == agent
@@ -100,13 +100,13 @@ def test_lists_and_health_parse_into_the_clients_models(client: ash_sdk.AshClien
     client.end_session(str(session.id))
 
 
-def test_an_agent_that_does_not_exist_is_404(client: ash_sdk.AshClient) -> None:
+def test_an_agent_that_does_not_exist_is_404(client: AshClient) -> None:
     with pytest.raises(httpx.HTTPStatusError) as refused:
         client.create_session("nobody")
     assert refused.value.response.status_code == 404
 
 
-async def test_the_async_stream_ends_too(client: ash_sdk.AshClient, agent: str) -> None:
+async def test_the_async_stream_ends_too(client: AshClient, agent: str) -> None:
     session = client.create_session(agent)
     names = [type(event).__name__ async for event in client.asend_message_stream(str(session.id), "Hello")]
     assert names[-1] == "DoneEvent"

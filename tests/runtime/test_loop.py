@@ -12,6 +12,12 @@ from typing import Any
 
 import pytest
 
+from ash.runtime.calls import Calls
+from ash.runtime.interrupt import Interrupt
+from ash.runtime.paths import Paths
+from ash.runtime.permissions import Permissions
+from ash.runtime.settings import Settings
+from ash.runtime.tools import Workbench
 from tests.runtime.fakes import HOLD, Driver, api_error, calls, driver, events, messages, results, text, tool, until
 
 Json = dict[str, Any]
@@ -205,6 +211,40 @@ def test_settings_env_reaches_tools_but_cannot_redirect_the_model(bridge: Driver
     lines = results(bridge.turn())[0]["content"].split("\n")
     assert {"MINE=yes", "EXTRA=1"} <= set(lines)
     assert not [line for line in lines if line.startswith(("ANTHROPIC_", "CLAUDE_CODE_"))]
+
+
+def test_a_file_name_that_is_no_text_does_no_harm(bridge: Driver) -> None:
+    with open(os.fsencode(bridge.root / "workspace") + b"/bad\xff\xf0.txt", "w") as file:
+        file.write("x")
+    bridge.gateway.script = [calls(tool("Glob", pattern="*"), tool("Grep", "g", pattern="x")), text("smile \U0001f600 \ud83d"), text("ok")]
+    turn = bridge.turn(includePartialMessages=True)
+    assert all(json.dumps(event, ensure_ascii=False).encode() for event in turn)
+    assert result(turn)["result"] == "smile \U0001f600 \ufffd"
+    assert json.dumps(bridge.gateway.requests[-1], ensure_ascii=False).encode()
+
+
+def test_a_tool_that_takes_long_gives_signs_of_life(bench: Workbench, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ash.runtime.calls.PROGRESS_INTERVAL", 0.05)
+    running = Calls(bench, Permissions(Settings(), paths), Interrupt(), [tool("Bash", command="sleep 0.3")], set())
+    seen: list[float] = []
+    running.run(lambda call, seconds: seen.append(seconds))
+    assert seen
+    assert running.results()[0]["content"] == "(The command succeeded and printed nothing.)"
+
+
+def test_results_that_are_too_large_together_are_refused(bench: Workbench, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ash.runtime.calls.MAX_RESULT_BYTES", 10)
+    uses = [tool("Bash", f"b{n}", command="echo 1234567") for n in range(2)]
+    running = Calls(bench, Permissions(Settings(), paths), Interrupt(), uses, set())
+    running.run(lambda call, seconds: None)
+    assert [block.get("is_error", False) for block in running.results()] == [False, True]
+
+
+@pytest.mark.parametrize("content", [[], [5], ["text"], [{}]])
+def test_content_that_is_no_content_is_left_to_the_provider_to_refuse(bridge: Driver, content: Any) -> None:
+    bridge.gateway.script = [api_error(400, "invalid_request_error", "content: wrong"), text("fine")]
+    assert "content: wrong" in bridge.turn(content)[-1]["error"]
+    assert bridge.turn("better", turn_id="t2")[-1]["status"] == "completed"
 
 
 # Stop reasons

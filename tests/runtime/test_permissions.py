@@ -233,6 +233,14 @@ def test_the_session_s_mode_wins_over_the_folder_s(paths: Paths) -> None:
     assert Permissions(Settings(), paths).mode == "bypassPermissions"
 
 
+def test_a_list_of_what_is_allowed_rules_out_the_rest_unless_a_mode_is_named(paths: Paths) -> None:
+    assert Permissions(Settings(), paths, allowed=["Bash"]).mode == "default"
+    assert Permissions(Settings(), paths, allowed=["Bash"], mode="bypassPermissions").mode == "bypassPermissions"
+    assert Permissions(Settings(default_mode="acceptEdits"), paths, allowed=["Bash"]).mode == "acceptEdits"
+    assert Permissions(Settings(), paths, allowed=[]).mode == "bypassPermissions"
+    assert Permissions(Settings(default_mode="bypassPermissions"), paths, allowed=["Bash"]).mode == "default"
+
+
 def test_a_folder_may_rule_out_bypassing(paths: Paths) -> None:
     assert Permissions(Settings(forbids_bypass=True), paths, mode="bypassPermissions").mode == "default"
 

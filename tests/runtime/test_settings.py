@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ash.runtime.paths import Paths, tool_environ
-from ash.runtime.settings import DEFAULT_PROMPT, Settings, read_settings, system_prompt
+from ash.runtime.prompt import DEFAULT_PROMPT, read_prompt, system_prompt
+from ash.runtime.settings import Settings, read_settings
 
 
 def write(paths: Paths, text: str, name: str = "settings.json") -> Settings:
@@ -86,3 +87,24 @@ def test_paths_start_at_the_workspace(paths: Paths) -> None:
     assert paths.resolve("a/../b") == f"{paths.workspace}/b"
     assert paths.resolve("~/x") == f"{paths.home}/x"
     assert paths.resolve("/etc/./x") == "/etc/x"
+
+
+def test_a_prompt_brings_the_files_it_imports(paths: Paths) -> None:
+    folder = Path(paths.agent)
+    (folder / "docs").mkdir()
+    (folder / "CLAUDE.md").write_text("Main. See @docs/a.md, `@docs/code.md` and me@docs/a.md or @nobody.\n```\n@docs/code.md\n```\n")
+    (folder / "docs" / "a.md").write_text("A, with @b.md.")
+    (folder / "docs" / "b.md").write_text("B, with @a.md again.")
+    (folder / "docs" / "code.md").write_text("not imported")
+    found = read_prompt(paths.agent)
+    assert found.startswith("Main. See")
+    assert found.endswith("Contents of docs/a.md:\n\nA, with @b.md.\n\nContents of docs/b.md:\n\nB, with @a.md again.")
+    assert "not imported" not in found
+
+
+def test_a_prompt_imports_nothing_from_outside_its_folder(paths: Paths) -> None:
+    folder = Path(paths.agent)
+    (folder.parent / "secret.md").write_text("secret")
+    (folder / "link.md").symlink_to("../secret.md")
+    (folder / "CLAUDE.md").write_text(f"@../secret.md @{folder.parent}/secret.md @link.md")
+    assert "\n" not in read_prompt(paths.agent)
