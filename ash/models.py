@@ -213,19 +213,42 @@ def message_text(message: Json) -> str:
 
 
 def rebuild_transcript(events: list[Event]) -> list[Json]:
-    """The conversation as the model API takes it, from the log alone.
+    """The conversation as the model API takes it, from the log alone; other events are passed over.
 
-    A turn that was cut off may end in tool calls without results; they get an error result, as the API demands one each.
+    A turn that was cut off may end in tool calls without results; they get an error result, as the API demands one each. A turn
+    that failed before the model said anything, or that the model refused, is left out: sent again it would spoil every later one.
     """
     messages: list[Json] = []
-    for event in events:
-        if event.type == TURN_STARTED:
-            messages.append({"role": "user", "content": event.data["content"]})
-        elif event.type in (ASSISTANT_MESSAGE, USER_MESSAGE):
-            inner = event.data.get("message")
-            if isinstance(inner, dict) and inner.get("content"):
-                messages.append({"role": inner.get("role", "assistant"), "content": inner["content"]})
+    for turn in _turns(events):
+        if not _is_spoilt(turn):
+            messages += [message for event in turn if (message := _message(event))]
     return _answer_open_calls(messages)
+
+
+def _turns(events: list[Event]) -> list[list[Event]]:
+    turns: list[list[Event]] = []
+    for event in events:
+        if event.type == TURN_STARTED or not turns:
+            turns.append([])
+        turns[-1].append(event)
+    return turns
+
+
+def _is_spoilt(turn: list[Event]) -> bool:
+    answers = [event.data.get("message") for event in turn if event.type == ASSISTANT_MESSAGE]
+    has_failed = any(event.type == TURN_ENDED and event.data.get("status") == "failed" for event in turn)
+    is_refused = any(isinstance(answer, dict) and answer.get("stop_reason") == "refusal" for answer in answers)
+    return (has_failed and not answers) or is_refused
+
+
+def _message(event: Event) -> Json | None:
+    """The message that an event adds to the conversation."""
+    if event.type == TURN_STARTED:
+        return {"role": "user", "content": event.data["content"]}
+    inner = event.data.get("message") if event.type in (ASSISTANT_MESSAGE, USER_MESSAGE) else None
+    if not isinstance(inner, dict) or not inner.get("content"):
+        return None
+    return {"role": inner.get("role", "assistant"), "content": inner["content"]}
 
 
 def _answer_open_calls(messages: list[Json]) -> list[Json]:

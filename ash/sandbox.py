@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import socket
@@ -20,8 +19,8 @@ from typing import IO, Any
 
 from ash import models
 from ash.errors import AshError, CapacityReached, IsolationUnavailable, ProtocolError, SandboxFailed, Timeout
-from ash.isolation import bundle, folders, launch
 from ash.isolation import cgroup as cgroups
+from ash.isolation import folders, launch, leftovers
 from ash.isolation.folders import Folders, Uids
 from ash.isolation.launch import Process
 from ash.isolation.link import Link
@@ -46,7 +45,6 @@ EXEC_GRACE = 15.0
 CONCURRENT_STARTS = 2 * (os.cpu_count() or 1) + 2
 RETRY_DELAYS = (1.0, 5.0, 15.0, 60.0)
 """Seconds before the pool tries again to start a warm sandbox after a failure, and the next ones."""
-HANDLE_FILE = "handle.json"
 
 OnOpen = Callable[[str, str], Awaitable[None]]
 OnClose = Callable[[str], Awaitable[None]]
@@ -442,7 +440,7 @@ class Sandboxes:
         sandbox = Sandbox(id, place, process, link, logbook, self._on_gone)
         self._alive[id] = sandbox
         _ = self._tasks.start(sandbox.live(), f"sandbox {id}")
-        _write_handle(sandbox.handle)
+        leftovers.write_handle(sandbox.handle)
         return sandbox
 
     def _spawn(self, isolation: Isolation, place: Place, bridge_path: str, logbook: Logbook) -> tuple[subprocess.Popen[bytes], int | None]:
@@ -502,40 +500,13 @@ class Sandboxes:
         A sandbox is ended only if pid and start time are still those of its handle, and never while the server that
         started it lives.
         """
-        found = {handle.id: handle for handle in handles}
-        spared = set()
-        for id, (handle, is_owned) in (await asyncio.to_thread(_read_handles, self._folders.run)).items():
-            found[id] = handle
-            if is_owned:
-                spared.add(id)
-        left = [handle for id, handle in found.items() if id not in self._own_ids() | spared]
-        ended = await asyncio.gather(*(launch.end_leftover(handle.pid, handle.start_time, self._own_cgroup(handle)) for handle in left))
-        await asyncio.to_thread(self._sweep, spared)
-        return sum(ended)
+        tree = self._isolation.cgroups if self._isolation is not None else None
+        shared = self._isolation.shared_files() if self._isolation is not None else set()
+        return await leftovers.reap(handles, self._folders, tree, shared, self._own_ids)
 
     def _own_ids(self) -> set[str]:
+        """An id counts as ours before its first folder is made."""
         return set(self._alive) | set(self._starting)
-
-    def _own_cgroup(self, handle: SandboxHandle) -> str | None:
-        tree = self._isolation.cgroups if self._isolation is not None else None
-        return handle.cgroup if tree is not None and handle.cgroup is not None and tree.owns(handle.cgroup) else None
-
-    def _sweep(self, spared: set[str]) -> None:
-        """Looks first and asks afterwards whose it is: an id counts as ours before its first folder is made."""
-        isolation = self._isolation
-        tree = isolation.cgroups if isolation is not None else None
-        paths = [path for folder in (self._folders.run, self._folders.slots) for path in folders.subfolders(folder)]
-        groups = list(tree.leftovers()) if tree is not None else []
-        keep = self._own_ids() | spared
-        for path in paths:
-            if os.path.basename(path) not in keep and not bundle.is_shared(path):
-                folders.remove_tree(path)
-        for path in groups:
-            if os.path.basename(path).removeprefix(cgroups.PREFIX) not in keep:
-                cgroups.kill(path)
-                cgroups.remove(path)
-        if isolation is not None:
-            bundle.prune(self._folders.run, isolation.shared_files())
 
 
 def _listen(path: str) -> socket.socket:
@@ -562,26 +533,3 @@ def _start_error(error: TimeoutError | SandboxFailed, tail: str, timeout: float)
     """Why a sandbox did not start, with the last that it printed."""
     why = str(error) if isinstance(error, SandboxFailed) else f"the sandbox was not ready within {timeout:g} s"
     return SandboxFailed(why if not tail or tail.splitlines()[-1] in why else f"{why}: {tail}")
-
-
-def _write_handle(handle: SandboxHandle) -> None:
-    """Beside the sockets, for the next server: warm sandboxes stand in no session's record."""
-    content = {**handle._asdict(), "server": [os.getpid(), launch.find_start_time(os.getpid())]}
-    with open(os.path.join(handle.run_dir, HANDLE_FILE), "w", encoding="utf-8") as file:
-        json.dump(content, file)
-
-
-def _read_json(path: str) -> Any:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-def _read_handles(run: str) -> dict[str, tuple[SandboxHandle, bool]]:
-    """Every handle found under run/, and whether the server that wrote it is alive."""
-    found = {}
-    for id in os.listdir(run):
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            content = _read_json(os.path.join(run, id, HANDLE_FILE))
-            pid, start_time = content.pop("server")
-            found[id] = (SandboxHandle(**content), launch.find_start_time(pid) == start_time)
-    return found

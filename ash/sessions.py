@@ -28,8 +28,9 @@ from ash.turns import ActiveTurn, LiveSession
 
 log = logging.getLogger(__name__)
 
-_TRANSCRIPT_TYPES = (models.TURN_STARTED, models.ASSISTANT_MESSAGE, models.USER_MESSAGE)
-_TRANSCRIPT_PAGE = 1000
+_SAID = (models.TURN_STARTED, models.ASSISTANT_MESSAGE, models.USER_MESSAGE)
+_ENDED = (models.TURN_ENDED,)
+_PAGE = 1000
 _CHANGEABLE = ("allowedTools", "disallowedTools", "betas", "subagents", "initialAgent", "permissionMode", "systemPrompt")
 _NOT_ACTIVE = {
     PAUSED: "Session is paused; resume it with POST /api/sessions/{id}/resume",
@@ -44,6 +45,7 @@ Transcript = list[Json]
 Content = str | list[Any]
 Lines = list[Json]
 Found = tuple[list[Session], int]
+Events = list[models.Event]
 
 
 class Turn(NamedTuple):
@@ -299,10 +301,16 @@ class Sessions:
             return {}
 
     async def _transcript(self, id: str, exclude: ActiveTurn | None) -> Transcript:
-        events: list[models.Event] = []
-        while page := await self._log.read(id, after=events[-1].seq if events else 0, limit=_TRANSCRIPT_PAGE, types=_TRANSCRIPT_TYPES):
-            events += page
+        said = await self._read_all(id, _SAID)
+        ended = await self._read_all(id, _ENDED)  # asked for by itself, as the log has an index for each of the two
+        events = sorted([*said, *ended], key=lambda event: event.seq)
         return models.rebuild_transcript([event for event in events if exclude is None or event.data.get("turnId") != exclude.id])
+
+    async def _read_all(self, id: str, types: tuple[str, ...]) -> Events:
+        found: Events = []
+        while page := await self._log.read(id, after=found[-1].seq if found else 0, limit=_PAGE, types=types):
+            found += page
+        return found
 
     async def _give_up(self, live: LiveSession, grace: float = 5.0) -> None:
         await live.give_up(grace)

@@ -57,7 +57,9 @@ async def test_two_host_headers_need_a_key(server: Server) -> None:
     await writer.wait_closed()
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:3000", "https://localhost", "http://localhost.evil.example"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://localhost:3000", "https://localhost", "http://localhost.evil.example"]
+)
 async def test_a_page_of_another_origin_needs_a_key(server: Server, origin: str) -> None:
     await refusal(server, {"Origin": origin})
     assert await status(server, {"Origin": origin, **await new_key(server)}) == 200

@@ -20,7 +20,14 @@ FRONT = {"web", "routes", "peer", "auth"}
 ENTRY = {"__main__", "cli", "cache"}
 
 # A package and its front door may see each other; beyond that an edge sees only leaves.
-NEIGHBOURS = {"sandbox": {"isolation"}, "isolation": {"sandbox"}, "bridge": {"runtime"}, "runtime": {"bridge"}, "store": {"sql"}, "client": {"remote"}}
+NEIGHBOURS = {
+    "sandbox": {"isolation"},
+    "isolation": {"sandbox"},
+    "bridge": {"runtime"},
+    "runtime": {"bridge"},
+    "store": {"sql"},
+    "client": {"remote"},
+}
 ALLOWED = {
     **dict.fromkeys(LEAVES, LEAVES),
     **{name: LEAVES | NEIGHBOURS.get(name, set()) for name in EDGES},

@@ -83,6 +83,19 @@ def test_a_call_that_lost_its_result_is_answered_with_an_error() -> None:
     assert rebuilt[3]["content"] == "again"
 
 
+def test_a_turn_that_failed_before_an_answer_or_was_refused_is_left_out() -> None:
+    refused = {"type": "assistant", "message": {"role": "assistant", "content": [{"type": "text", "text": "no"}], "stop_reason": "refusal"}}
+    events = logged(
+        (models.TURN_STARTED, {"turnId": "1", "content": "too large"}),
+        (models.TURN_ENDED, {"turnId": "1", "status": "failed"}),
+        (models.TURN_STARTED, {"turnId": "2", "content": "not allowed"}),
+        (models.ASSISTANT_MESSAGE, refused),
+        (models.TURN_ENDED, {"turnId": "2", "status": "completed"}),
+        (models.TURN_STARTED, {"turnId": "3", "content": "hello"}),
+    )
+    assert models.rebuild_transcript(events) == [{"role": "user", "content": "hello"}]
+
+
 def test_timeline_rows_carry_the_names_that_readers_look_for() -> None:
     use, result = logged((models.TOOL_USE, CALL), *models.expand(user(RESULT), streamed=False)[:1])
     started = dialect.timeline(use, "default")

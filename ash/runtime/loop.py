@@ -61,6 +61,7 @@ class Turn:
         except Exception as fault:  # noqa: BLE001 - the edge of a turn: it must end in `done`, and the bridge must live
             error = f"internal error of the bridge: {type(fault).__name__}: {fault}"
             self._emit("log", level="system", text=traceback.format_exc())
+            del self._conversation.transcript[self._before :]  # what the bridge stumbled over once it would meet again
         self.is_over = True  # before `done`, which the server may answer with the next turn at once
         if status == "failed":
             self._emit("error", turn_id=self.id, error=error)

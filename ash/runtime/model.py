@@ -1,4 +1,4 @@
-"""The model client: one streaming Messages API request over the gateway's socket, its events as they come, its errors in words.
+"""The model client: one streaming Messages API request over the gateway's socket, its events as they come, its errors as the gateway words them.
 
 A client of its own because http.client costs 48 ms and megabytes in every session; the peer is always our own gateway, so
 little of HTTP is needed. It holds no key and decides nothing about retries; `loop` does.
@@ -214,29 +214,13 @@ def _answered_error(head: _Head, body: bytes) -> ModelError:
     except (ValueError, TypeError, KeyError):
         kind, message = "api_error", body[:500].decode("utf-8", "replace").strip() or "no explanation was given"
     request_id = head.headers.get("request-id")
-    text = _explain(head.status, kind, message) + (f" (request id {request_id})" if request_id else "")
-    retryable = head.status in _RETRIED_STATUSES or kind == "overloaded_error"
-    return ModelError(text, status=head.status, kind=kind, retryable=retryable, delay=_delay(head.headers.get("retry-after")))
+    text = message + (f" (request id {request_id})" if request_id else "")
+    return ModelError(text, status=head.status, kind=kind, retryable=_may_retry(head), delay=_delay(head.headers.get("retry-after")))
 
 
-_CAUSES = {
-    401: "the model provider refused the credentials; check the API key that the server or the session uses",
-    402: "the model provider asks for payment; check the account's billing",
-    403: "the model provider does not permit this request",
-    404: "the model provider does not know this model or address; check the model's name",
-    408: "the model provider took too long",
-    413: "the conversation is too large for the model provider; send less or start a new session",
-    429: "the model provider's rate limit is reached; wait a little and send the message again",
-    504: "the model provider took too long",
-    529: "the model provider is overloaded; wait a little and send the message again",
-}
-
-
-def _explain(status: int, kind: str, message: str) -> str:
-    cause = _CAUSES.get(status)
-    if cause is None:
-        cause = "the model provider failed; send the message again" if status >= 500 else "the model provider refused the request"
-    return f"{cause}: {message} (HTTP {status} {kind})"
+def _may_retry(head: _Head) -> bool:
+    """The gateway puts errors in words and says which of them it has retried already; those are final."""
+    return head.status in _RETRIED_STATUSES and head.headers.get("x-should-retry") != "false"
 
 
 def _delay(value: str | None) -> float | None:

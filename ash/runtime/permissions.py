@@ -148,6 +148,8 @@ class Permissions:
         return None
 
     def _match_command(self, rules: list[Rule], command: str) -> Rule | None:
+        if not rules:
+            return None
         analysis = commands.analyse(command)
         texts = [command.strip()] + [alias for part in analysis.parts for alias in commands.aliases(part)]
         for rule in rules:

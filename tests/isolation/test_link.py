@@ -295,4 +295,3 @@ async def test_a_closed_inbox_gives_what_it_has_and_then_ends() -> None:
     await inbox.put(done(1), 1)
     inbox.close()
     assert [await inbox.get(), await inbox.get()] == [done(1), None]
-

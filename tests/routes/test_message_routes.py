@@ -71,7 +71,7 @@ async def test_the_answer_is_an_unbuffered_event_stream(server: Server) -> None:
 
 
 async def test_a_stream_is_ascii_whatever_is_said(server: Server) -> None:
-    said = "größer \u2028\u2029\x85\x0b\x0c 😀 \\ \" \r\n"
+    said = 'größer \u2028\u2029\x85\x0b\x0c 😀 \\ " \r\n'
     async with open_turn(server, await server.session(), said) as answer:
         raw = await answer.read()
     assert raw.isascii()

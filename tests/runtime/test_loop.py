@@ -366,22 +366,27 @@ def test_a_provider_that_keeps_failing_fails_the_turn_in_words(bridge: Driver) -
     assert len(bridge.gateway.requests) == 4
     assert [event["ev"] for event in turn[-2:]] == ["error", "done"]
     assert turn[-1]["status"] == "failed"
-    assert "the model provider failed" in turn[-1]["error"]
+    assert "Internal" in turn[-1]["error"]
+
+
+def test_what_the_gateway_has_retried_is_final(bridge: Driver) -> None:
+    bridge.gateway.script = [api_error(529, "overloaded_error", "The model is overloaded", **{"x-should-retry": "false"})]
+    assert "The model is overloaded" in bridge.turn()[-1]["error"]
+    assert len(bridge.gateway.requests) == 1
 
 
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (api_error(401, "authentication_error", "invalid x-api-key"), "check the API key"),
-        (api_error(403, "permission_error", "no"), "does not permit"),
-        (api_error(404, "not_found_error", "model: m"), "does not know this model"),
-        (api_error(429, "rate_limit_error", "slow down"), "rate limit is reached"),
+        (api_error(401, "authentication_error", "The model provider refused the key"), "refused the key"),
+        (api_error(404, "not_found_error", "model: m"), "model: m"),
+        (api_error(429, "rate_limit_error", "slow down"), "slow down"),
         (api_error(400, "invalid_request_error", "prompt is too long"), "prompt is too long"),
         (b"HTTP/1.1 502 Bad\r\nretry-after: 0\r\n\r\n<html>", "<html>"),
         (b"nonsense\r\n\r\n", "did not answer in HTTP"),
     ],
 )
-def test_an_error_of_the_provider_is_put_into_words_and_the_session_stays_usable(bridge: Driver, answer: bytes, words: str) -> None:
+def test_an_error_of_the_provider_is_passed_on_and_the_session_stays_usable(bridge: Driver, answer: bytes, words: str) -> None:
     bridge.gateway.script = [answer] * 4
     turn = bridge.turn("first")
     assert words in turn[-1]["error"]
@@ -422,6 +427,14 @@ def test_a_fault_of_the_bridge_fails_the_turn_only(bridge: Driver) -> None:
     assert [event["ev"] for event in turn[-2:]] == ["error", "done"]
     bridge.init()
     assert bridge.turn(turn_id="t2")[-1]["status"] == "completed"
+
+
+def test_what_the_bridge_stumbled_over_is_not_met_again(bridge: Driver) -> None:
+    assert bridge.turn([{"type": "text", "cache_control": {}}], turn_id="t0", model="m")[-1]["status"] == "completed"
+    assert "internal error" in bridge.turn("one", maxTurns="many")[-1]["error"]
+    bridge.turn("two", turn_id="t2")
+    assert [message["content"] for message in sent(bridge)][-1] == "two"
+    assert "one" not in json.dumps(sent(bridge))
 
 
 # Interrupts
