@@ -54,8 +54,6 @@ _IGNORED_SETTINGS = (
     "enabledPlugins", "extraKnownMarketplaces", "enableAllProjectMcpServers", "enabledMcpjsonServers",
 )  # fmt: skip
 _IGNORED = {SETTINGS_PATH: _IGNORED_SETTINGS, LOCAL_SETTINGS_PATH: _IGNORED_SETTINGS, MCP_PATH: ("mcpServers",)}
-RESERVED_VARIABLES = ("ANTHROPIC_", "CLAUDE_CODE_")
-"""Beginnings of names that decide about the model's address and key, which is the server's affair alone."""
 
 
 class _File(NamedTuple):
@@ -78,7 +76,7 @@ def check_env(env: Mapping[str, Any], where: str) -> None:
     for name, value in env.items():
         if not isinstance(name, str) or not name or "=" in name or "\0" in name:
             raise InvalidRequest(f"{where}: {name!r:.80} is not a name for a variable; use letters, digits and _")
-        if name.upper().startswith(RESERVED_VARIABLES):
+        if name.upper().startswith(models.RESERVED_VARIABLES):
             raise InvalidRequest(f"{where}: {name} is not passed into a sandbox; keys and addresses of models are settings of the server")
         if not isinstance(value, str) or "\0" in value:
             raise InvalidRequest(f"{where}: the value of {name!r:.80} must be text without NUL; put it in quotes")
@@ -437,7 +435,7 @@ def _check_settings_env(env: Any, fault: Callable[[str, str], InvalidRequest]) -
     if not isinstance(env, dict):
         raise fault("env", 'env must be an object of strings, such as {"TZ": "UTC"}')
     for name, value in env.items():
-        if name.upper().startswith(RESERVED_VARIABLES):
+        if name.upper().startswith(models.RESERVED_VARIABLES):
             raise fault(name, f"a folder may not set {name}: the server alone decides about the model's address and key; remove it")
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         try:

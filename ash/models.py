@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 Json = dict[str, Any]
 DEFAULT_TENANT = "default"
+RESERVED_VARIABLES = ("ANTHROPIC_", "CLAUDE_CODE_")
+"""Beginnings of variables that decide about the model's address and key: the server's affair, never an agent's or a session's."""
 
 # Session statuses, the six words of the wire, and which change is allowed. `store.transition` enforces this table.
 STARTING, ACTIVE, PAUSED, STOPPED, ERROR, ENDED = "starting", "active", "paused", "stopped", "error", "ended"

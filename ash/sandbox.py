@@ -325,7 +325,7 @@ class Sandboxes:
         uid = None
         if self._uses_uids:
             owner = None if spec.fresh else folders.find_owner(spec.session_dir)
-            uid = owner if owner is not None else self._uids.take()
+            uid = owner if owner is not None else self._take_uid()
             self._uids.reserve(uid)
         try:
             self._folders.make_session_dir(spec.session_dir, uid)
@@ -339,6 +339,9 @@ class Sandboxes:
     @property
     def _uses_uids(self) -> bool:
         return self._isolation is not None and self._isolation.is_root
+
+    def _take_uid(self) -> int:
+        return self._uids.take([sandbox.place.uid for sandbox in list(self._alive.values()) if sandbox.place.uid is not None])
 
     def _reserve(self) -> None:
         """Room for one more: a warm sandbox gives way to a session. Raises CapacityReached."""
@@ -374,7 +377,7 @@ class Sandboxes:
     async def _start_warm(self) -> Sandbox:
         id = models.new_id()
         slot = os.path.join(self._folders.slots, id)
-        uid = self._uids.take() if self._uses_uids else None
+        uid = self._take_uid() if self._uses_uids else None
         self._starting.add(id)
         try:
             await asyncio.to_thread(self._folders.make_session_dir, slot, uid)
@@ -491,7 +494,7 @@ class Sandboxes:
 
     async def copy_folder(self, source: str, target: str) -> None:
         """A second session's folder with a copy of the first one's files, for a fork. Follows no link."""
-        uid = self._uids.take() if self._kind == "bwrap" and os.geteuid() == 0 else None
+        uid = self._take_uid() if self._kind == "bwrap" and os.geteuid() == 0 else None
         await asyncio.to_thread(folders.copy_session, source, target, uid)
 
     async def reap(self, handles: Iterable[SandboxHandle]) -> int:

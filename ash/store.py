@@ -54,6 +54,7 @@ def _marks(count: int) -> str:
 # A partial index is used only by a query that repeats its condition word for word.
 _IN_CONVERSATION = f"type IN ({_quoted(CONVERSATION_TYPES)})"
 _IN_TURNS = f"type IN ({_quoted((models.TURN_STARTED, models.TURN_ENDED))})"
+_INDEXES = ((_IN_CONVERSATION, frozenset(CONVERSATION_TYPES)), (_IN_TURNS, frozenset((models.TURN_STARTED, models.TURN_ENDED))))
 
 # `k` counts the new events of one session from 1. As the statement reads the table it writes, SQLite computes all its rows before it
 # inserts the first.
@@ -417,7 +418,7 @@ class Store:
         where = "session_id = ? AND seq > ?"
         if types is not None:
             where += f" AND type IN ({_marks(len(types))})"
-            where += f" AND {_IN_CONVERSATION}" if set(types) <= set(CONVERSATION_TYPES) else ""
+            where += "".join(f" AND {index}" for index, covered in _INDEXES if covered.issuperset(types))
         sql = f"SELECT session_id, seq, type, data, created_at FROM events WHERE {where} ORDER BY seq LIMIT ?"
         rows = await self._read(sql, session_id, _bounded(after), *(types or ()), _bounded(limit))
         return [_event(row) for row in rows]
@@ -483,12 +484,6 @@ class Store:
         return [(row[0], SandboxHandle._make(row[1:])) for row in await self._read(f"SELECT session_id, {_HANDLE} FROM sandboxes")]
 
     # Usage
-
-    async def add_usage(self, session_id: str, usage: Json) -> None:
-        """One model call."""
-        tokens = [int(usage.get(kind) or 0) for kind in TOKEN_KINDS]
-        sql = f"INSERT INTO usage (session_id, model, {', '.join(TOKEN_KINDS)}, created_at) VALUES ({_marks(7)})"
-        await self._write(sql, session_id, str(usage.get("model") or ""), *tokens, models.now())
 
     async def usage_totals(self, session_id: str | None = None) -> dict[str, int]:
         """Model calls and tokens, by kind, of one session or of all."""

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -30,12 +30,12 @@ from ash.errors import ConfigError
 from ash.events import EventLog
 from ash.gateway import Gateway
 from ash.keys import Keys
+from ash.models import NewEvent
 from ash.routes import agents, answers, api_keys, health, messages, sessions
 from ash.routes.parts import PARTS, Parts
 from ash.sandbox import Limits, Sandboxes
 from ash.sessions import Sessions
 from ash.store import Store
-from ash.usage import Usage
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,6 @@ def create_app(config: Config) -> web.Application:
     return app
 
 
-
 async def _open_parts(app: web.Application) -> AsyncIterator[None]:
     config, started = app[CONFIG], time.monotonic()
     # Sandboxes of a server that is root have uids of their own, which must be able to reach their folders in here.
@@ -69,7 +68,7 @@ async def _open_parts(app: web.Application) -> AsyncIterator[None]:
         async with (
             Store(os.path.join(config.data_dir, "ash.db")) as store,
             EventLog(store) as event_log,
-            Gateway(config, on_usage=Usage(store, event_log).record) as gateway,
+            Gateway(config, on_usage=_recorder(event_log)) as gateway,
             _sandboxes(config, gateway) as sandboxes,
         ):
             keys = Keys(store, config.api_key)
@@ -84,6 +83,15 @@ async def _open_parts(app: web.Application) -> AsyncIterator[None]:
                 app[PARTS] = Parts(config, store, event_log, keys, found, gateway, sandboxes, live_sessions, started)
                 app[GUARD] = Guard(config, keys)
                 yield
+
+
+def _recorder(event_log: EventLog) -> Callable[[str, models.Json], Awaitable[None]]:
+    """Puts what the gateway metered into the session's log; the store keeps the sums."""
+
+    async def record(session_id: str, usage: models.Json) -> None:
+        _ = await event_log.append(session_id, [NewEvent(models.USAGE_RECORDED, usage)])
+
+    return record
 
 
 def _sandboxes(config: Config, gateway: Gateway) -> Sandboxes:

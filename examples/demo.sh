@@ -1,6 +1,6 @@
 #!/bin/sh
 # What `make demo` shows: a server started from ash.pyz, an agent deployed, and two messages to it, the second of which makes it
-# use a tool inside its sandbox. Needs no API key (the offline model answers) and leaves nothing behind.
+# use a tool inside its sandbox. Needs no API key (the offline model answers); only what ash.pyz unpacked to its cache stays.
 #   sh examples/demo.sh [dist/ash.pyz]
 set -eu
 

@@ -15,7 +15,7 @@ ROOT = Path(ash.__file__).parent
 
 LEAVES = {"errors", "config", "models", "dialect", "protocol", "sse", "tasks"}
 EDGES = {"store", "sql", "sandbox", "isolation", "bridge", "runtime", "client", "remote"}
-CORE = {"agents", "sessions", "turns", "events", "gateway", "providers", "offline", "keys", "usage"}
+CORE = {"agents", "sessions", "turns", "events", "gateway", "providers", "offline", "keys"}
 FRONT = {"web", "routes", "peer", "auth"}
 ENTRY = {"__main__", "cli", "cache"}
 

@@ -11,6 +11,7 @@ from ash.cli import profile
 from ash.cli.command import Command, key_value
 from ash.cli.terminal import DIM, Terminal
 from ash.errors import InvalidRequest
+from ash.models import RESERVED_VARIABLES
 
 if TYPE_CHECKING:
     from ash.client import Agent, AshClient
@@ -46,7 +47,7 @@ def deploy(client: AshClient, path: str, terminal: Terminal, *, name: str | None
     wanted = name or agent_name(path)
     if name is None and wanted != os.path.basename(os.path.realpath(path)):
         terminal.note(f"Normalized agent name: {wanted}", DIM)
-    variables = {**_read_env_files(path, terminal), **dict(env)}
+    variables = {**_without_reserved(_read_env_files(path, terminal), terminal), **dict(env)}
 
     def show(done: int, total: int) -> None:
         terminal.progress(f"Uploading {wanted}", done, total)
@@ -54,6 +55,14 @@ def deploy(client: AshClient, path: str, terminal: Terminal, *, name: str | None
     agent = client.deploy_agent(wanted, path, env=variables or None, on_progress=show)
     terminal.clear_progress()
     return agent
+
+
+def _without_reserved(found: dict[str, str], terminal: Terminal) -> dict[str, str]:
+    """An `.env` file often holds the model's key as well. It stays here: the server has its own, and no sandbox gets one."""
+    left_out = sorted(name for name in found if name.upper().startswith(RESERVED_VARIABLES))
+    if left_out:
+        terminal.note(f"Not uploaded: {', '.join(left_out)}; set them where the server runs", DIM)
+    return {name: value for name, value in found.items() if name not in left_out}
 
 
 def _read_env_files(folder: str, terminal: Terminal) -> dict[str, str]:

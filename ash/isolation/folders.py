@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 import zlib
+from collections.abc import Collection
 
 from ash.errors import CapacityReached, SandboxFailed
 
@@ -108,14 +109,25 @@ class Uids:
                 if uid is not None:
                     self._used.add(uid)
 
-    def take(self) -> int:
+    def take(self, live: Collection[int]) -> int:
+        """A uid that nothing has; `live` are those of running sandboxes."""
+        uid = self._find_free()
+        if uid is None:
+            # Every one has belonged to some session by now. Two sessions may share one as long as they do not run together.
+            self._used = set(live)
+            uid = self._find_free()
+        if uid is None:
+            raise CapacityReached(f"capacity reached: all {len(UIDS)} user ids for sandboxes are in use")
+        return uid
+
+    def _find_free(self) -> int | None:
         for _ in UIDS:
             uid = UIDS[self._next]
             self._next = (self._next + 1) % len(UIDS)
             if uid not in self._used:
                 self._used.add(uid)
                 return uid
-        raise CapacityReached(f"capacity reached: all {len(UIDS)} user ids for sandboxes belong to sessions; end or delete some")
+        return None
 
     def reserve(self, uid: int) -> None:
         self._used.add(uid)

@@ -38,7 +38,8 @@ def explain_missing() -> str:
 def explain_failure(output: str) -> str:
     """Why bubblewrap does not work here: the kernel setting that forbids it where one is found, and what it said."""
     said = " ".join(output.split())[-400:] or "it gave no reason"
-    return f"Agents cannot be isolated: bubblewrap does not work here ({said}). {find_cause()} {_INSIST}"
+    cause = "bubblewrap 0.8 or newer is needed." if "Unknown option" in said else find_cause()
+    return f"Agents cannot be isolated: bubblewrap does not work here ({said}). {cause} {_INSIST}"
 
 
 def find_cause() -> str:

@@ -243,5 +243,3 @@ async def _try_cgroup(tree: cgroups.CgroupTree, limits: Limits) -> None:
         raise cgroups.CgroupsUnavailable(str(error)) from error
     finally:
         await asyncio.to_thread(cgroups.remove, path)
-
-

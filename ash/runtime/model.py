@@ -1,4 +1,4 @@
-"""The model client: one streaming Messages API request over the gateway's socket, its events as they come, its errors as the gateway words them.
+"""The model client: one streaming Messages API request over the gateway's socket, its events, its errors in the gateway's words.
 
 A client of its own because http.client costs 48 ms and megabytes in every session; the peer is always our own gateway, so
 little of HTTP is needed. It holds no key and decides nothing about retries; `loop` does.

@@ -93,3 +93,18 @@ CREATE TABLE usage (
     created_at                  TEXT NOT NULL
 );
 CREATE INDEX usage_by_session ON usage (session_id);
+
+-- What a model call cost is an event; the table for the sums follows from it, in the same commit.
+CREATE TRIGGER usage_follows_events AFTER INSERT ON events WHEN new.type = 'usage.recorded'
+BEGIN
+    INSERT INTO usage (session_id, model, input_tokens, output_tokens, cache_creation_input_tokens, cache_read_input_tokens, created_at)
+    VALUES (
+        new.session_id,
+        coalesce(json_extract(new.data, '$.model'), ''),
+        coalesce(json_extract(new.data, '$.input_tokens'), 0),
+        coalesce(json_extract(new.data, '$.output_tokens'), 0),
+        coalesce(json_extract(new.data, '$.cache_creation_input_tokens'), 0),
+        coalesce(json_extract(new.data, '$.cache_read_input_tokens'), 0),
+        new.created_at
+    );
+END;

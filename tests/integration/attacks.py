@@ -45,7 +45,7 @@ ATTACKS = {
     "see processes of the host": "test $(ls -d /proc/[0-9]* | wc -l) -gt 12",
     "signal the server": "kill -0 {server_pid}",
     "find a secret in an environment": "cat /proc/[0-9]*/environ | tr '\\0' '\\n' | grep -a canary",
-    "find a secret in a command line": "cat /proc/[0-9]*/cmdline | tr '\\0' '\\n' | grep -a -e canary -e secret | grep -a -v grep",
+    "find a secret in a command line": "cat /proc/1/cmdline /proc/2/cmdline | tr '\\0' '\\n' | grep -a -e canary -e secret -e {data_dir}",
     "find an open file of the server": "ls -l /proc/[0-9]*/fd 2>/dev/null | grep -e ash.db -e canary -e mnt:",
     # network and sockets
     "reach the internet": _PYTHON + " 'import socket; socket.create_connection((\"1.1.1.1\", 53), 2)'",

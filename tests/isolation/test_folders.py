@@ -200,23 +200,24 @@ def test_a_folder_of_another_kind_of_server_is_taken_over(places: Folders, agent
 
 def test_a_uid_is_given_once() -> None:
     uids = Uids("/data")
-    assert len({uids.take() for _ in range(1000)}) == 1000
+    assert len({uids.take([]) for _ in range(1000)}) == 1000
 
 
 @needs_root
 def test_uids_of_sessions_on_disk_are_not_given_again(places: Folders, agent: Path) -> None:
-    first = Uids(places.data).take()
+    first = Uids(places.data).take([])
     make_session(places, agent, first)
     uids = Uids(places.data)
     uids.scan(places.sessions)
-    assert uids.take() != first
+    assert uids.take([]) != first
 
 
-def test_running_out_of_uids_says_so() -> None:
+def test_when_every_uid_was_used_those_without_a_sandbox_are_given_again() -> None:
     uids = Uids("/data")
     for uid in UIDS:
         uids.reserve(uid)
+    assert uids.take(list(UIDS)[1:]) == UIDS[0]
     with pytest.raises(CapacityReached, match="capacity reached"):
-        uids.take()
+        uids.take(UIDS)
     uids.release(UIDS[7])
-    assert uids.take() == UIDS[7]
+    assert uids.take(UIDS) == UIDS[7]

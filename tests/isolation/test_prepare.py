@@ -161,6 +161,7 @@ def test_an_ordinary_user_is_told_to_use_sudo() -> None:
 
 def test_a_failure_repeats_what_bubblewrap_said() -> None:
     assert "setting up uid map: Permission denied" in host.explain_failure("bwrap: setting up uid map: Permission denied\n")
+    assert "0.8 or newer" in host.explain_failure("bwrap: Unknown option --disable-userns\n")
 
 
 @pytest.mark.parametrize(("release", "version"), [("6.18.44-fc", (6, 18)), ("5.14.0", (5, 14)), ("4.19", (4, 19)), ("odd", (0, 0))])

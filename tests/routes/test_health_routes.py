@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from ash import __version__
+from ash import __version__, models
 from tests import fakes
 from tests.harness import Server, eventually
 
@@ -51,7 +51,8 @@ async def test_metrics_count_what_happened(server: Server) -> None:
     server.sandboxes.script = fakes.fail
     await server.frames(id)
     await server.call("POST", f"/api/sessions/{await server.session()}/pause")
-    await server.parts.store.add_usage(id, {"model": "m", "input_tokens": 7, "output_tokens": 3})
+    usage = {"model": "m", "input_tokens": 7, "output_tokens": 3}
+    _ = await server.parts.log.append(id, [models.NewEvent(models.USAGE_RECORDED, usage)])
     found = await metrics(server)
     assert found['ash_turns_total{status="completed"}'] == found['ash_turns_total{status="failed"}'] == 1
     assert found["ash_turns_started_total"] == 2
