@@ -84,13 +84,16 @@ class Sandbox:
             raise SandboxFailed(f"the agent could not be initialized: {answer['error']}")
 
     async def query(self, turn_id: str, content: str | list[Any], options: dict[str, Any]) -> None:
-        """Start a turn; what comes of it arrives in `events`."""
+        """Start a turn; what comes of it arrives in `batches`."""
         self._require_alive()
         await self._link.query(turn_id, content=content, options=options)
 
-    def events(self) -> AsyncIterator[dict[str, Any]]:
-        """The events of turns, and logs, in order; ends when the sandbox is gone. For one consumer: asking for more acknowledges."""
-        return self._link.events()
+    def batches(self) -> AsyncIterator[list[dict[str, Any]]]:
+        """The events of turns, and logs, in order, those that came together in one list; ends when the sandbox is gone.
+
+        For one consumer: asking for more acknowledges.
+        """
+        return self._link.batches()
 
     async def interrupt(self, turn_id: str) -> None:
         self._require_alive()

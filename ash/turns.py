@@ -9,10 +9,11 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from ash import models
-from ash.errors import AshError, SandboxFailed, TurnRunning
+from ash.errors import AshError, InvalidRequest, SandboxFailed, TurnRunning
 from ash.events import EventLog
 from ash.models import Json, NewEvent
 from ash.sandbox import Sandbox
@@ -66,8 +67,8 @@ class LiveSession:
     async def pump(self, sandbox: Sandbox) -> None:
         """Write a sandbox's events into the log until it is gone, then end the turn that it left open."""
         try:
-            async for event in sandbox.events():
-                await self._handle(event)
+            async for events in sandbox.batches():
+                await self._record(events)
         except AshError as error:
             log.error("session %s: its events could not be recorded: %s", self.session_id, error)
             await sandbox.stop(grace=0)
@@ -77,29 +78,33 @@ class LiveSession:
         if self.turn is not None and self.turn.sandbox is sandbox:
             await self.finish(self.turn, "failed", sandbox.failure or "the sandbox ended during the turn")
 
-    async def _handle(self, event: Json) -> None:
-        turn = self.turn
-        if turn is None or event.get("turn_id") != turn.id:
-            return
-        turn.last_sign = time.monotonic()
-        if event["ev"] in ("message", "delta"):
-            await self._log.append(self.session_id, models.expand(event["data"], streamed=turn.streamed))
-        elif event["ev"] == "error":
-            turn.error = event["error"]
-        elif event["ev"] == "done":
-            await self.finish(turn, event["status"], event.get("error"))
+    async def _record(self, batch: list[Json]) -> None:
+        """Events that came together share a commit."""
+        turn, entries = self.turn, list[NewEvent]()
+        for event in batch:
+            if turn is None or event.get("turn_id") != turn.id:
+                continue
+            turn.last_sign = time.monotonic()
+            if event["ev"] in ("message", "delta"):
+                entries += models.expand(event["data"], streamed=turn.streamed)
+            elif event["ev"] == "error":
+                turn.error = event["error"]
+            elif event["ev"] == "done":
+                await self.finish(turn, event["status"], event.get("error"), before=entries)
+                return  # a bridge has one turn at a time: what else it sent belongs to none
+        await self._log.append(self.session_id, entries)
 
-    async def finish(self, turn: ActiveTurn, status: str, error: str | None = None) -> None:
-        """End a turn with its terminal event, synced to disk. Only the first call for a turn does anything."""
+    async def finish(self, turn: ActiveTurn, status: str, error: str | None = None, before: Sequence[NewEvent] = ()) -> None:
+        """End a turn with its terminal event, synced to disk, behind the entries `before`. Only the first call for a turn counts."""
         if self.turn is not turn:
             return
         if turn.interrupted and status == "failed":
             status = "interrupted"
         elif turn.overdue is not None and status == "interrupted":
             status, turn.error = "failed", turn.overdue  # nobody asked for it but the server
-        events = [NewEvent(models.TURN_ENDED, {"turnId": turn.id, "status": status})]
-        if status == "failed":
-            events.insert(0, NewEvent(models.TURN_FAILED, {"error": turn.error or turn.overdue or error or "the turn failed"}))
+        reason = NewEvent(models.TURN_FAILED, {"error": turn.error or turn.overdue or error or "the turn failed"})
+        end = NewEvent(models.TURN_ENDED, {"turnId": turn.id, "status": status})
+        events = [*before, *([reason] if status == "failed" else []), end]
         # The place is free before the event can be seen: a client that reads `done` may send its next message at once.
         # Nothing is awaited in between, so the next turn's first event comes behind this one in the log.
         self.turn = None
@@ -113,6 +118,9 @@ class LiveSession:
             try:
                 await self._log.append(self.session_id, events, sync=True)
                 return
+            except InvalidRequest as error:  # something the bridge said cannot be stored; the end has to be all the same
+                log.error("session %s: the last events of its turn were dropped: %s", self.session_id, error)
+                events = events[-1:]
             except AshError as error:
                 log.error("session %s: the end of its turn could not be recorded, next try in %s s: %s", self.session_id, delay, error)
                 await asyncio.sleep(delay)

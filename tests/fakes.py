@@ -117,9 +117,9 @@ class FakeSandbox:
             self._count += 1
             self._events.put_nowait(protocol.decode_event(protocol.encode({**event, "n": self._count})))
 
-    async def events(self) -> AsyncIterator[Json]:
+    async def batches(self) -> AsyncIterator[list[Json]]:
         while (event := await self._events.get()) is not None:
-            yield event
+            yield [event]
 
     async def interrupt(self, turn_id: str) -> None:
         self._require_alive()

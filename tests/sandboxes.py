@@ -58,10 +58,17 @@ async def until(claim: Callable[[], Any], timeout: float = 5.0) -> None:
         await asyncio.sleep(0.01)
 
 
+async def one_by_one(batches: AsyncIterator[list[dict[str, Any]]]) -> AsyncIterator[dict[str, Any]]:
+    """The events of `batches`; asks for the next list only when the last is used up."""
+    async for events in batches:
+        for event in events:
+            yield event
+
+
 async def end_of(sandbox: Sandbox) -> list[dict[str, Any]]:
     """Every event up to the sandbox's end."""
     async with asyncio.timeout(10):
-        return [event async for event in sandbox.events()]
+        return [event async for event in one_by_one(sandbox.batches())]
 
 
 def is_alive(pid: int) -> bool:

@@ -16,7 +16,7 @@ from ash.errors import CapacityReached, ConfigError, IsolationUnavailable, Sandb
 from ash.isolation import launch
 from ash.models import SandboxHandle
 from ash.sandbox import Sandbox
-from tests.sandboxes import FAKE_BRIDGE, Pool, end_of, is_alive, leftovers, make_agent, open_pool, until
+from tests.sandboxes import FAKE_BRIDGE, Pool, end_of, is_alive, leftovers, make_agent, one_by_one, open_pool, until
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ async def turn(sandbox: Sandbox, content: str) -> None:
 async def test_a_session_runs_commands_and_turns(pool: Pool) -> None:
     sandbox = await pool.take("s1")
     await turn(sandbox, "hello")
-    events = sandbox.events()
+    events = one_by_one(sandbox.batches())
     assert [(await anext(events))["ev"] for _ in range(2)] == ["message", "done"]
     result = await sandbox.exec("cat CLAUDE.md; cat; echo oops >&2; exit 3", stdin="given")
     assert result == (3, "be kindgiven", "oops\n", False, False)

@@ -165,17 +165,18 @@ class Inbox:
             self._bytes += size
             self._changed.set()
 
-    async def get(self) -> Event | None:
-        """The next event; None at the end."""
+    async def get(self) -> list[Event]:
+        """All events that are here, at least one; none at the end."""
         while not self._events:
             if self._is_closed:
-                return None
+                return []
             self._changed.clear()
             await self._changed.wait()
-        event, size = self._events.popleft()
-        self._bytes -= size
+        events = [event for event, _ in self._events]
+        self._events.clear()
+        self._bytes = 0
         self._changed.set()
-        return event
+        return events
 
     def first_n(self) -> int | None:
         return self._events[0][0]["n"] if self._events else None
@@ -308,13 +309,16 @@ class Link:
 
     # Events
 
-    async def events(self) -> AsyncIterator[Event]:
-        """Events in order, until the link is closed and all were consumed. Asking for the next one acknowledges the last."""
-        while (event := await self._inbox.get()) is not None:
-            self._held = event["n"]
-            yield event
+    async def batches(self) -> AsyncIterator[list[Event]]:
+        """Events in order, those that came together in one list, until the link is closed and all were consumed.
+
+        Asking for the next list acknowledges the last.
+        """
+        while events := await self._inbox.get():
+            self._held = events[0]["n"]
+            yield events
             self._held = None
-            self._acknowledge(event["ev"])
+            self._acknowledge(events[-1]["ev"])
 
     def _acknowledge(self, name: str) -> None:
         """Tell the bridge up to which event it need not keep them; deltas are counted together."""

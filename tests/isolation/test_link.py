@@ -14,6 +14,7 @@ from ash import protocol
 from ash.errors import ProtocolError, SandboxFailed
 from ash.isolation import link as links
 from ash.isolation.link import Inbox, Lines, Link, Rules, parse_event
+from tests.sandboxes import one_by_one
 
 READY = {"ev": "ready", "n": 0, "pid": 2, "version": protocol.VERSION}
 
@@ -80,7 +81,7 @@ async def test_a_turns_events_arrive_in_order_and_are_acknowledged(link: Link, p
     reading = asyncio.create_task(link.run())
     await begin_turn(link, peer)
     peer.send(delta(1), delta(2), done(3))
-    events = link.events()
+    events = one_by_one(link.batches())
     seen = [(await asyncio.wait_for(anext(events), 5))["n"] for _ in range(3)]
     following = asyncio.ensure_future(anext(events))
     assert seen == [1, 2, 3]
@@ -94,7 +95,7 @@ async def test_an_event_is_not_acknowledged_before_it_was_dealt_with(link: Link,
     reading = asyncio.create_task(link.run())
     await begin_turn(link, peer)
     peer.send(delta(1))
-    assert (await asyncio.wait_for(anext(link.events()), 5))["n"] == 1
+    assert (await asyncio.wait_for(anext(link.batches()), 5))[0]["n"] == 1
     asking = asyncio.create_task(link.ask("exec", command="true", timeout=1))
     command = await peer.command()
     result = {"exit_code": 0, "stdout": "", "stderr": "", "timed_out": False, "truncated": False}
@@ -147,7 +148,7 @@ async def test_a_query_that_the_bridge_refuses_ends_its_turn(link: Link, peer: P
     await link.query("t1", content="hi", options={})
     command = await peer.command()
     peer.send({"ev": "error", "n": 1, "command_id": command["id"], "error": "no"})
-    events = link.events()
+    events = one_by_one(link.batches())
     got = [await asyncio.wait_for(anext(events), 5) for _ in range(2)]
     assert [(event["ev"], event["turn_id"], event["error"]) for event in got] == [("error", "t1", "no"), ("done", "t1", "no")]
     reading.cancel()
@@ -286,7 +287,7 @@ async def test_an_inbox_takes_one_event_of_any_size_and_then_waits() -> None:
     waiting = asyncio.create_task(inbox.put(done(2), 1))
     await asyncio.sleep(0)
     assert not waiting.done()
-    assert await inbox.get() == done(1)
+    assert await inbox.get() == [done(1)]
     await asyncio.wait_for(waiting, 5)
 
 
@@ -294,4 +295,4 @@ async def test_a_closed_inbox_gives_what_it_has_and_then_ends() -> None:
     inbox = Inbox()
     await inbox.put(done(1), 1)
     inbox.close()
-    assert [await inbox.get(), await inbox.get()] == [done(1), None]
+    assert [await inbox.get(), await inbox.get()] == [[done(1)], []]
