@@ -220,6 +220,7 @@ class Sandboxes:
         self._warm: deque[Sandbox] = deque()
         self._starting: set[str] = set()
         self._last_failure = ""
+        self._warm_claims = self._cold_starts = 0
         self._refill = asyncio.Event()
         self._tasks = Tasks()
         self._replenisher: asyncio.Task[None] | None = None
@@ -274,7 +275,9 @@ class Sandboxes:
         warnings = isolation.warnings() if isolation is not None else [self._unavailable]
         if self._last_failure:
             warnings.append(f"The last start of a warm sandbox failed: {self._last_failure}")
-        return PoolStatus(warm + starting + running, warm, starting, running, self._maximum, kind, limits, warnings)
+        return PoolStatus(
+            warm + starting + running, warm, starting, running, self._maximum, kind, limits, warnings, self._warm_claims, self._cold_starts
+        )  # fmt: skip
 
     # Claiming
 
@@ -287,8 +290,11 @@ class Sandboxes:
             sandbox = self._warm.popleft()
             self._refill.set()
             if await self._settle(sandbox, spec):
+                self._warm_claims += 1
                 return sandbox
-        return await self._start_cold(spec)
+        sandbox = await self._start_cold(spec)
+        self._cold_starts += 1
+        return sandbox
 
     async def _settle(self, sandbox: Sandbox, spec: SandboxSpec) -> bool:
         """Make a warm sandbox that of a session. False when it has died meanwhile."""

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from ash.config import Config, load_config
 from tests import fakes
 from tests.harness import Server, serving
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """After the last test no process, folder or mount of Ash is there that was not there before the first."""
+    before = remains()
+    yield
+    deadline = time.monotonic() + 10
+    while (left := remains() - before) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left, f"the suite left behind: {sorted(left)}"
+
+
+def remains() -> set[str]:
+    """What could be left of a server: its processes and those of its sandboxes without a living owner, its folders, its mounts."""
+    folders = {f"folder {entry.path}" for entry in os.scandir(tempfile.gettempdir()) if entry.name.startswith("ash-")}
+    mounts = {f"mount {line.split()[4]}" for line in Path("/proc/self/mountinfo").read_text().splitlines() if "ash" in line.split()[4]}
+    return folders | mounts | {f"process {pid} {command}" for pid, command in ash_processes()}
+
+
+def ash_processes() -> Iterator[tuple[int, str]]:
+    """Processes of Ash whose parent is init or this one. A server that somebody else runs here owns its sandboxes itself."""
+    for process in psutil.process_iter(["pid", "ppid", "cmdline", "status"]):
+        command = " ".join(process.info["cmdline"] or [])
+        is_ours = "--listen-fd" in command or "ash.pyz" in command or "-m ash" in command
+        if is_ours and process.info["ppid"] in (1, os.getpid()) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            yield process.info["pid"], command[:120]
 
 
 @pytest.fixture

@@ -203,7 +203,7 @@ class FakeSandboxes:
 
     def status(self) -> PoolStatus:
         alive = len(self._alive)
-        return PoolStatus(alive, 0, 0, alive, self.maximum, "none", {"memory": "not limited (fake)"}, [])
+        return PoolStatus(alive, 0, 0, alive, self.maximum, "none", {"memory": "not limited (fake)"}, [], 0, len(self.claimed))
 
     async def reap(self, handles: Iterable[SandboxHandle]) -> int:
         self.reaped += handles

@@ -33,6 +33,9 @@ class PoolStatus(NamedTuple):
     """`bwrap`, `none`, or `unavailable` when this host cannot isolate agents; `warnings` then says why."""
     limits: dict[str, str]
     warnings: list[str]
+    warm_claims: int
+    """Claims served by a warm sandbox since the start; `cold_starts` counts the others."""
+    cold_starts: int
 
 
 class ExecResult(NamedTuple):

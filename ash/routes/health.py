@@ -66,7 +66,7 @@ def _pool_states(status: Json) -> dict[str, int]:
 
 
 def _resume_hits(status: Json) -> dict[str, int]:
-    return {"resumeWarmHits": 0, "resumeColdHits": status["wakes"], "preWarmHits": status.get("warm_claims", 0)}
+    return {"resumeWarmHits": 0, "resumeColdHits": status["wakes"], "preWarmHits": status["pool"].warm_claims}
 
 
 async def metrics(request: web.Request) -> web.Response:
@@ -90,12 +90,12 @@ def _families(here: Parts, status: Json, counts: dict[str, int], usage: dict[str
     yield "ash_pool_sandboxes", "gauge", "Sandboxes by state.", _by("state", states)
     yield "ash_pool_max_capacity", "gauge", "Most sandboxes at once.", [({}, pool.maximum)]
     yield "ash_resume_total", "counter", "Sandboxes given to sessions.", _by("path", {
-        "warm": 0, "cold": status["wakes"], "prewarm": status.get("warm_claims", 0),
+        "warm": 0, "cold": status["wakes"], "prewarm": pool.warm_claims,
     })  # fmt: skip
     yield "ash_resume_cold_total", "counter", "Sessions that woke, by where their files were.", _by("source", {
         "local": status["wakes"], "cloud": 0, "fresh": 0,
     })  # fmt: skip
-    yield "ash_cold_starts_total", "counter", "Sandboxes started because no warm one waited.", [({}, status.get("cold_starts", 0))]
+    yield "ash_cold_starts_total", "counter", "Sandboxes started because no warm one waited.", [({}, pool.cold_starts)]
     yield "ash_hibernations_total", "counter", "Sandboxes that idle sessions gave up.", [({}, status["hibernations"])]
     yield "ash_turns_started_total", "counter", "Turns started.", [({}, status["turns_started"])]
     yield "ash_turns_running", "gauge", "Turns under way.", [({}, status["running_turns"])]
