@@ -44,6 +44,8 @@ GONE_TIMEOUT = 10.0
 EXEC_GRACE = 15.0
 CONCURRENT_STARTS = 2 * (os.cpu_count() or 1) + 2
 RETRY_DELAYS = (1.0, 5.0, 15.0, 60.0)
+REFILL_DELAY = 0.15
+"""Seconds before a pool that is not empty starts another sandbox: the session that took the last one is about to be used."""
 """Seconds before the pool tries again to start a warm sandbox after a failure, and the next ones."""
 
 OnOpen = Callable[[str, str], Awaitable[None]]
@@ -373,6 +375,8 @@ class Sandboxes:
             self._refill.clear()
             if self._isolation is None or len(self._warm) >= self._wanted or len(self._alive.keys() | self._starting) >= self._maximum:
                 await self._refill.wait()
+                if self._warm:  # whoever took the last one is still busy with it; another waits, so there is time
+                    await asyncio.sleep(REFILL_DELAY)
                 continue
             try:
                 self._warm.append(await self._start_warm())

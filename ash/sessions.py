@@ -124,18 +124,20 @@ class Sessions:
             raise InvalidRequest("Invalid or inaccessible credential")
         check_env(options.get("extraEnv") or {}, "extraEnv")
         agent = await self._agent(tenant_id, agent_name)
-        await self._check_folder(agent.name, agent.digest)
+        self._check_folder(agent.name, agent.digest)
         session = self._new_session(agent, model or await self._agent_model(agent.digest), options)
         await self._store.create_session(session)
         live = self._live_session(session.id)
         try:
             async with live.lock:
-                sandbox = await self._start(session, live, is_fresh=True)
-                active = await self._store.transition(session.id, ACTIVE, sandbox_id=sandbox.id)
+                sandbox = await self._start(session, live, is_fresh=True, env=agent.env)
+                active, _ = await asyncio.gather(
+                    self._store.transition(session.id, ACTIVE, sandbox_id=sandbox.id),
+                    self._record_change(session.id, "created", STARTING, ACTIVE, agentName=agent.name, model=session.model),
+                )
         except AshError as error:
             await self._fail_creation(session, live, error)
             raise
-        await self._record_change(session.id, "created", STARTING, ACTIVE, agentName=agent.name, model=session.model)
         return active or session
 
     async def _agent(self, tenant_id: str, name: str) -> Agent:
@@ -154,8 +156,8 @@ class Sessions:
         model = (await self._agents.settings(digest)).get("model")
         return model if isinstance(model, str) else None
 
-    async def _check_folder(self, name: str, digest: str) -> None:
-        if not await asyncio.to_thread(os.path.isdir, self._agents.folder(digest)):
+    def _check_folder(self, name: str, digest: str) -> None:
+        if not os.path.isdir(self._agents.folder(digest)):
             raise AgentUnusable(f'The files of agent "{name}" are missing on the server; deploy it again')
 
     async def _fail_creation(self, session: Session, live: LiveSession, error: AshError) -> None:
@@ -254,7 +256,7 @@ class Sessions:
             if live.sandbox is None:
                 session = await self._store.get_session(session.tenant_id, session.id)  # it may have been paused meanwhile
                 self._require_active(session)
-                await self._check_folder(session.agent_name, session.agent_digest)
+                self._check_folder(session.agent_name, session.agent_digest)
                 self._counters["wakes"] += 1
                 transcript = await self._transcript(session.id, exclude)
                 sandbox = await self._start(session, live, is_fresh=False, transcript=transcript)
@@ -262,36 +264,49 @@ class Sessions:
                 return sandbox
             if live.needs_init:
                 session = await self._store.get_session(session.tenant_id, session.id)
-                await self._init(live.sandbox, session, await self._transcript(session.id, exclude))
+                await self._init(live.sandbox, session, await self._agent_env(session), await self._transcript(session.id, exclude))
                 live.needs_init = False
             return live.sandbox
 
-    async def _start(self, session: Session, live: LiveSession, *, is_fresh: bool, transcript: Transcript | None = None) -> Sandbox:
-        spec = SandboxSpec(
-            session.id, os.path.join(self._sessions_dir, session.id), self._agents.folder(session.agent_digest), is_fresh
-        )  # fmt: skip
-        sandbox = await self._sandboxes.claim(spec)
+    async def _start(
+        self,
+        session: Session,
+        live: LiveSession,
+        *,
+        is_fresh: bool,
+        env: dict[str, str] | None = None,
+        transcript: Transcript | None = None,
+    ) -> Sandbox:
+        """A sandbox for the session, initialized and served. `env` is that of its agent, where the caller has it."""
+        folder = os.path.join(self._sessions_dir, session.id)
+        sandbox = await self._sandboxes.claim(SandboxSpec(session.id, folder, self._agents.folder(session.agent_digest), is_fresh))
         try:
-            await self._store.save_sandbox(session.id, sandbox.handle)
-            await self._init(sandbox, session, transcript or [])
+            variables = env if env is not None else await self._agent_env(session)
+            _ = await asyncio.gather(
+                self._store.save_sandbox(session.id, sandbox.handle), self._init(sandbox, session, variables, transcript or [])
+            )
         except BaseException:  # a sandbox that nobody will own must not live on, whatever went wrong
-            await asyncio.shield(sandbox.stop(grace=0))
+            await asyncio.shield(self._discard(sandbox))
             raise
         live.sandbox, live.needs_init = sandbox, False
         _ = self._serving.start(self._serve(live, sandbox), f"sandbox {sandbox.id}")
         return sandbox
+
+    async def _discard(self, sandbox: Sandbox) -> None:
+        await sandbox.stop(grace=0)
+        await self._store.delete_sandbox(sandbox.id)
 
     async def _serve(self, live: LiveSession, sandbox: Sandbox) -> None:
         await live.pump(sandbox)
         await self._store.delete_sandbox(sandbox.id)
         self._forget_if_idle(live)
 
-    async def _init(self, sandbox: Sandbox, session: Session, transcript: Transcript) -> None:
+    async def _init(self, sandbox: Sandbox, session: Session, variables: dict[str, str], transcript: Transcript) -> None:
         model = session.model or self._gateway.default_model()
         self._gateway.bind(sandbox.id, ModelAccess(session.id, session.tenant_id, model))
         agent = {"name": session.agent_name, "version": session.agent_version, "sessionId": session.id}
         options = {key: value for key, value in session.options.items() if key not in ("extraEnv", "credentialId")}
-        env = {**await self._agent_env(session), **session.options.get("extraEnv", {})}
+        env = {**variables, **session.options.get("extraEnv", {})}
         await sandbox.init(agent, {**options, "model": model, "env": env}, transcript)
 
     async def _agent_env(self, session: Session) -> dict[str, str]:
@@ -392,7 +407,7 @@ class Sessions:
         if session.status == ACTIVE:
             return session
         self._refuse_when_closing()
-        await self._check_folder(session.agent_name, session.agent_digest)
+        self._check_folder(session.agent_name, session.agent_digest)
         resumed = await self._store.transition(id, ACTIVE)
         if resumed is None:
             return await self._store.get_session(tenant_id, id)
@@ -411,7 +426,7 @@ class Sessions:
     async def fork(self, tenant_id: str, id: str) -> Session:
         """A paused copy: the conversation and the workspace as they are now. It goes its own way from here."""
         parent = await self._store.get_session(tenant_id, id)
-        await self._check_folder(parent.agent_name, parent.agent_digest)
+        self._check_folder(parent.agent_name, parent.agent_digest)
         moment, fork_id = models.now(), models.new_id()
         child = parent._replace(
             id=fork_id, status=PAUSED, parent_session_id=id, sandbox_id=fork_id, created_at=moment, last_active_at=moment

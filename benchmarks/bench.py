@@ -168,9 +168,9 @@ def sessions(pyz: Path, folder: Path, env: dict[str, str], rounds: int) -> Itera
         deploy(server)
         warm = []
         for _ in range(rounds):
-            server.wait_for_warm(1)
+            server.wait_for_warm(2)
             warm.append(clock(server.create))
-    yield Row("create a session, warm sandbox", spread(warm), "p50 < 8 ms", "POST /api/sessions to 201, a warm sandbox waiting each time")
+    yield Row("create a session, warm sandbox", spread(warm), "p50 < 8 ms", "POST /api/sessions to 201, two warm ones waiting")
     yield Row("create a session, cold", spread(cold), "p50 < 80 ms", "the same with no warm pool")
 
 
@@ -185,6 +185,7 @@ def turns(pyz: Path, folder: Path, env: dict[str, str], rounds: int) -> Iterator
         deploy(server)
         samples = []
         for _ in range(rounds):
+            server.wait_for_warm(2)
             session = server.create()
             samples.append(server.turn(session, partial=True))
             server.call("DELETE", f"/api/sessions/{session}")
