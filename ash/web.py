@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 _ANSWER_TIMEOUT = 5.0
 """Seconds that requests other than turns get to finish when the server stops."""
+SWITCH_INTERVAL = 0.0005
+"""Seconds the event loop may keep the interpreter while the database's threads wait for it; Python's own value is 5 ms."""
 CONFIG: web.AppKey[Config] = web.AppKey("config", Config)
 _RESOURCES = (agents, sessions, messages, health, api_keys)
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
@@ -151,6 +153,7 @@ def run(config: Config) -> None:
     logging.getLogger("aiosqlite").setLevel(logging.INFO)  # below that it logs every value it stores, secrets included
     logging.getLogger("aiohttp.server").addFilter(_is_worth_a_line)
     drop_secrets()
+    sys.setswitchinterval(SWITCH_INTERVAL)
     sockets = bind(config.host, config.port)
     try:
         asyncio.run(_serve(config, sockets))

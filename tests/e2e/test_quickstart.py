@@ -158,3 +158,24 @@ def test_one_command_is_enough_without_a_server(ash_pyz: Path, home: Path) -> No
 def test_a_piped_message_works(ash_pyz: Path, env: dict[str, str], home: Path, deployed: str) -> None:
     done = ash(ash_pyz, "chat", deployed, env=env, cwd=home, stdin="What is a closure in JavaScript?\n")
     assert "closure" in done.stdout.lower(), done.stderr
+
+
+def test_the_example_with_settings_may_do_what_they_allow_and_nothing_they_deny(ash_pyz: Path, env: dict[str, str], home: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "tools-and-settings"
+    denied = ash(ash_pyz, "chat", str(example), "Run the command `rm -f facts.txt`", env=env, cwd=home)
+    assert "denied by the rule 'Bash(rm:*)'" in denied.stdout, denied.stderr
+    done = ash(ash_pyz, "chat", str(example), "Read facts.txt and then write Mended the lamp to CHANGES.md", env=env, cwd=home)
+    assert "Lighthouse" in done.stdout, done.stderr
+    assert "I wrote /workspace/CHANGES.md" in done.stdout
+
+
+def test_fifty_megabytes_can_be_deployed(ash_pyz: Path, env: dict[str, str], home: Path) -> None:
+    folder = home / "large"
+    folder.mkdir()
+    (folder / "CLAUDE.md").write_text("You are large.\n")
+    for number in range(50):
+        (folder / f"{number}.bin").write_bytes(os.urandom(1_000_000))
+    done = ash(ash_pyz, "deploy", "./large", env=env, cwd=home)
+    assert done.returncode == 0, done.stderr
+    told = ash(ash_pyz, "chat", "large", "Run the command `ls | wc -l`", env=env, cwd=home)
+    assert "51" in told.stdout, told.stderr
