@@ -29,9 +29,9 @@ fmt: $(VENV)/ready  ## format the code and sort the imports
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/ready pyz  ## measure this machine and print the table of docs/performance.md
+bench: $(VENV)/ready pyz  ## measure this machine and write the table of docs/performance.md
 	@sh tools/setup.sh bubblewrap
-	$(PY) benchmarks/bench.py --pyz $(PYZ)
+	$(PY) benchmarks/bench.py --pyz $(PYZ) --write docs/performance.md
 
 lock: $(VENV)/ready  ## resolve the dependencies of pyproject.toml again, for every supported Python, with hashes
 	@sh tools/lock.sh $(VENV)
