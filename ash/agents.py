@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from ash import models
 from ash.errors import AgentUnusable, AshError, InvalidRequest, PayloadTooLarge
 from ash.models import Agent, Json
+from ash.skipped import is_skipped
 from ash.store import Store
 
 SETTINGS_PATH = ".claude/settings.json"
@@ -28,13 +29,6 @@ MCP_PATH = ".mcp.json"
 LOCAL_SETTINGS_PATH = ".claude/settings.local.json"
 PROMPT_PATH = "CLAUDE.md"
 NO_PROMPT = "Agent directory must contain CLAUDE.md"
-
-# Left out when a folder on the server is deployed by its path; the command line leaves out the same before an upload.
-SKIPPED_FOLDERS = frozenset(
-    ("node_modules", ".git", "__pycache__", ".cache", ".npm", ".pnpm-store", ".yarn", ".venv", "venv", ".tmp", "tmp")
-)
-SKIPPED_FILES = frozenset((".DS_Store",))
-SKIPPED_ENDINGS = (".env", ".env.local", ".sock", ".pid", ".lock")
 
 _CONFIGURATION = (SETTINGS_PATH, LOCAL_SETTINGS_PATH, MCP_PATH)
 _UNPACKING = ".unpacking-"
@@ -80,11 +74,6 @@ def check_env(env: Mapping[str, Any], where: str) -> None:
             raise InvalidRequest(f"{where}: {name} is not passed into a sandbox; keys and addresses of models are settings of the server")
         if not isinstance(value, str) or "\0" in value:
             raise InvalidRequest(f"{where}: the value of {name!r:.80} must be text without NUL; put it in quotes")
-
-
-def is_skipped(name: str, *, is_folder: bool) -> bool:
-    """Whether a folder or file of this name stays out when an agent is read from a disk."""
-    return name in SKIPPED_FOLDERS if is_folder else name in SKIPPED_FILES or name.endswith(SKIPPED_ENDINGS)
 
 
 class Agents:

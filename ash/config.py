@@ -43,6 +43,7 @@ class Setting(NamedTuple):
     help: str
     variable: str = ""
     minimum: float | None = None
+    maximum: float | None = None
 
     @property
     def env(self) -> str:
@@ -55,7 +56,7 @@ class Setting(NamedTuple):
 
 SETTINGS = (
     Setting("host", str, "127.0.0.1", "address to listen on; beyond loopback every caller needs a key"),
-    Setting("port", int, 4100, "port to listen on; 0 takes a free one", minimum=0),
+    Setting("port", int, 4100, "port to listen on; 0 takes a free one", minimum=0, maximum=65535),
     Setting("data_dir", str, "~/.ash", "folder that holds everything the server keeps"),
     Setting("auth", ("local", "always"), "local", "local: the server's own user and root need no key over loopback; always: everyone does"),
     Setting("api_key", Secret, None, "an API key that is always accepted, besides those in the database"),
@@ -157,6 +158,8 @@ def _parse(setting: Setting, raw: Any, where: str) -> Any:
         raise ConfigError(f"{where}={text!r}: must be {'a whole number' if setting.kind is int else 'a number'}") from error
     if setting.minimum is not None and not number >= setting.minimum:
         raise ConfigError(f"{where}={text!r}: must be at least {setting.minimum:g}")
+    if setting.maximum is not None and not number <= setting.maximum:
+        raise ConfigError(f"{where}={text!r}: must be at most {setting.maximum:.0f}")
     return number
 
 

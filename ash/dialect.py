@@ -85,7 +85,7 @@ def agent(record: Agent) -> Json:
     return {**shown, "env": dict.fromkeys(record.env, "***")} if record.env else shown
 
 
-_HIDDEN_OPTIONS = ("extraEnv", "credentialId", "systemPrompt")
+_HIDDEN_OPTIONS = ("agentEnv", "extraEnv", "credentialId", "systemPrompt")
 
 
 def session(record: Session, **live: Any) -> Json:

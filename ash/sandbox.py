@@ -288,6 +288,13 @@ class Sandboxes:
         if self._is_closing:
             raise SandboxFailed("the server is shutting down")
         await self._require_isolation()
+        try:
+            return await self._claim(spec)
+        except OSError as error:
+            log.exception("a sandbox could not be started")
+            raise SandboxFailed(f"a sandbox could not be started: {error.strerror or error}") from error
+
+    async def _claim(self, spec: SandboxSpec) -> Sandbox:
         while spec.fresh and self._warm:
             sandbox = self._warm.popleft()
             self._refill.set()

@@ -7,10 +7,12 @@ starts a new one on the same folder, with the conversation rebuilt from the log.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
 from collections import Counter
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from ash.config import Config
 from ash.errors import AgentNotFound, AgentUnusable, AshError, CapacityReached, InvalidRequest, SessionEnded
 from ash.events import EventLog
 from ash.gateway import Gateway, ModelAccess
-from ash.models import ACTIVE, ENDED, ERROR, PAUSED, STARTING, STOPPED, Agent, Json, NewEvent, Session
+from ash.models import ACTIVE, ENDED, ERROR, PAUSED, STARTING, STOPPED, TRANSITIONS, Agent, Json, NewEvent, Session
 from ash.sandbox import ExecResult, Sandbox, Sandboxes, SandboxSpec
 from ash.store import KEEP, Store
 from ash.tasks import Tasks
@@ -40,6 +42,10 @@ _NOT_ACTIVE = {
     ENDED: "Session is ended; create a new one",
 }
 
+_HAS_ENDED = "Session has ended — create a new session"
+_RECORD_TIMEOUT = 5.0
+AGENT_ENV = "agentEnv"
+"""The option that keeps the agent's environment as it was when the session began, as its files and its version are kept."""
 Transcript = list[Json]
 """Messages as the model API takes them. Named here, because inside the class `list` is a method."""
 Content = str | list[Any]
@@ -109,10 +115,13 @@ class Sessions:
 
     async def _shut(self, live: LiveSession) -> None:
         turn = live.turn
-        if turn is not None:
-            turn.error = "The server is shutting down. The conversation is kept: send the message again."
-            await live.finish(turn, "failed")
-        await self._give_up(live, grace=2.0)
+        with contextlib.suppress(TimeoutError):  # with a full disk the next start has to record the end
+            async with asyncio.timeout(_RECORD_TIMEOUT):
+                if turn is not None:
+                    turn.error = "The server is shutting down. The conversation is kept: send the message again."
+                    await live.finish(turn, "failed")
+        await live.give_up(grace=2.0)
+        self._forget_if_unused(live)
 
     # Creating and finding
 
@@ -125,19 +134,21 @@ class Sessions:
         check_env(options.get("extraEnv") or {}, "extraEnv")
         agent = await self._agent(tenant_id, agent_name)
         self._check_folder(agent.name, agent.digest)
+        if agent.env:
+            options[AGENT_ENV] = agent.env
         session = self._new_session(agent, model or await self._agent_model(agent.digest), options)
         await self._store.create_session(session)
-        live = self._live_session(session.id)
-        try:
-            async with live.lock:
-                sandbox = await self._start(session, live, is_fresh=True, env=agent.env)
-                active, _ = await asyncio.gather(
-                    self._store.transition(session.id, ACTIVE, sandbox_id=sandbox.id),
-                    self._record_change(session.id, "created", STARTING, ACTIVE, agentName=agent.name, model=session.model),
-                )
-        except AshError as error:
-            await self._fail_creation(session, live, error)
-            raise
+        with self._using(session.id) as live:
+            try:
+                async with live.lock:
+                    sandbox = await self._start(session, live, is_fresh=True)
+                    active, _ = await asyncio.gather(
+                        self._store.transition(session.id, ACTIVE, sandbox_id=sandbox.id),
+                        self._record_change(session.id, "created", STARTING, ACTIVE, agentName=agent.name, model=session.model),
+                    )
+            except BaseException as error:  # whatever it was, the session must not stay `starting`
+                await asyncio.shield(self._fail_creation(session, live, error))
+                raise
         return active or session
 
     async def _agent(self, tenant_id: str, name: str) -> Agent:
@@ -160,10 +171,11 @@ class Sessions:
         if not os.path.isdir(self._agents.folder(digest)):
             raise AgentUnusable(f'The files of agent "{name}" are missing on the server; deploy it again')
 
-    async def _fail_creation(self, session: Session, live: LiveSession, error: AshError) -> None:
-        await self._give_up(live, grace=0)
+    async def _fail_creation(self, session: Session, live: LiveSession, error: BaseException) -> None:
+        await live.give_up(grace=0)
+        reason = error.message if isinstance(error, AshError) else "internal error"
+        await self._record_change(session.id, "failed", STARTING, ERROR, error=reason)
         await self._store.transition(session.id, ERROR)
-        await self._record_change(session.id, "failed", STARTING, ERROR, error=error.message)
 
     async def get(self, tenant_id: str, id: str) -> Session:
         return await self._store.get_session(tenant_id, id)
@@ -199,23 +211,27 @@ class Sessions:
         """
         self._refuse_when_closing()
         session = await self._store.get_session(tenant_id, id)
-        live = self._live_session(id)
         turn = ActiveTurn(content, options or {})
-        if live.sandbox is None or live.lock.locked():
-            async with live.lock:
-                session = await self._store.get_session(tenant_id, id)
+        with self._using(id) as live:
+            if live.sandbox is None or live.lock.locked():
+                async with live.lock:
+                    session = await self._store.get_session(tenant_id, id)
+                    self._begin(session, live, turn)
+            else:
                 self._begin(session, live, turn)
-        else:
-            self._begin(session, live, turn)
-        first = NewEvent(models.TURN_STARTED, {"turnId": turn.id, "content": content, "options": options or {}, "version": __version__})
+            first_seq = await self._record_start(live, turn)
+            self._counters["started"] += 1
+            _ = self._tasks.start(self._run_turn(session, live, turn), f"turn {turn.id}")
+        return Turn(turn.id, first_seq)
+
+    async def _record_start(self, live: LiveSession, turn: ActiveTurn) -> int:
+        data = {"turnId": turn.id, "content": turn.content, "options": turn.options, "version": __version__}
         try:
-            event, *_ = await self._log.append(id, [first])
+            event, *_ = await self._log.append(live.session_id, [NewEvent(models.TURN_STARTED, data)])
         except BaseException:  # without its first event there is no turn: free the place, whatever the reason
             live.turn = None
             raise
-        self._counters["started"] += 1
-        _ = self._tasks.start(self._run_turn(session, live, turn), f"turn {turn.id}")
-        return Turn(turn.id, event.seq)
+        return event.seq
 
     def _begin(self, session: Session, live: LiveSession, turn: ActiveTurn) -> None:
         self._require_active(session)
@@ -226,69 +242,82 @@ class Sessions:
             raise InvalidRequest(_NOT_ACTIVE[session.status].replace("{id}", session.id))
 
     async def _run_turn(self, session: Session, live: LiveSession, turn: ActiveTurn) -> None:
-        try:
-            sandbox = await self._ensure_sandbox(session, live, exclude=turn)
-            await live.query(turn, sandbox)
-            await live.watch(turn, self._config.turn_timeout, self._config.hang_timeout)
-            await self._store.update_session(session.id, last_active_at=models.now())
-        except AshError as error:
-            await live.finish(turn, "failed", error.message)
+        with self._using(session.id):
+            try:
+                sandbox = await self._ensure_sandbox(session, live)
+                await live.query(turn, sandbox)
+                await live.watch(turn, self._config.turn_timeout, self._config.hang_timeout)
+                await self._store.update_session(session.id, last_active_at=models.now())
+            except AshError as error:
+                await live.finish(turn, "failed", error.message)
+            except Exception:  # the edge of a turn: one without an end would block its session for ever
+                log.exception("session %s: its turn failed in an unexpected way", session.id)
+                await live.finish(turn, "failed", "internal error; the server's log has the details")
 
     async def interrupt(self, tenant_id: str, id: str) -> bool:
         """End the running turn, at whatever point it is. False when none runs."""
         await self._store.get_session(tenant_id, id)
-        live = self._live.get(id)
-        if live is None or live.turn is None:
-            return False
-        await live.interrupt(live.turn)
+        with self._using(id) as live:
+            if live.turn is None:
+                return False
+            await live.interrupt(live.turn)
         return True
 
     # The sandbox of a session
 
-    def _live_session(self, id: str) -> LiveSession:
-        if id not in self._live:
-            self._live[id] = LiveSession(id, self._log, self._counters)
-        return self._live[id]
+    @contextlib.contextmanager
+    def _using(self, id: str) -> Iterator[LiveSession]:
+        """The session's living part, made when there is none, and kept at least as long as the block lasts."""
+        live = self._live.setdefault(id, LiveSession(id, self._log, self._counters))
+        live.users += 1
+        try:
+            yield live
+        finally:
+            live.users -= 1
+            self._forget_if_unused(live)
 
-    async def _ensure_sandbox(self, session: Session, live: LiveSession, exclude: ActiveTurn | None = None) -> Sandbox:
-        """The session's sandbox, started on its folder when it has none. `exclude` is the turn that is not yet part of the past."""
+    def _forget_if_unused(self, live: LiveSession) -> None:
+        if live.is_unused and self._live.get(live.session_id) is live:
+            del self._live[live.session_id]
+
+    async def _ensure_sandbox(self, session: Session, live: LiveSession) -> Sandbox:
+        """The session's sandbox, started on its folder when it has none, and told what was changed since it was."""
         async with live.lock:
             if live.sandbox is None:
-                session = await self._store.get_session(session.tenant_id, session.id)  # it may have been paused meanwhile
-                self._require_active(session)
-                self._check_folder(session.agent_name, session.agent_digest)
-                self._counters["wakes"] += 1
-                transcript = await self._transcript(session.id, exclude)
-                sandbox = await self._start(session, live, is_fresh=False, transcript=transcript)
-                await self._store.update_session(session.id, sandbox_id=sandbox.id)
-                return sandbox
-            if live.needs_init:
-                session = await self._store.get_session(session.tenant_id, session.id)
-                await self._init(live.sandbox, session, await self._agent_env(session), await self._transcript(session.id, exclude))
-                live.needs_init = False
+                return await self._wake_up(session, live)
+            is_busy = live.turn is not None and live.turn.sandbox is live.sandbox
+            if live.needs_init and not is_busy:
+                live.needs_init = False  # before the row is read: a change that comes later asks again
+                try:
+                    session = await self._store.get_session(session.tenant_id, session.id)
+                    await self._init(live.sandbox, session, await self._transcript(live))
+                except BaseException:
+                    live.needs_init = True
+                    raise
             return live.sandbox
 
-    async def _start(
-        self,
-        session: Session,
-        live: LiveSession,
-        *,
-        is_fresh: bool,
-        env: dict[str, str] | None = None,
-        transcript: Transcript | None = None,
-    ) -> Sandbox:
-        """A sandbox for the session, initialized and served. `env` is that of its agent, where the caller has it."""
+    async def _wake_up(self, session: Session, live: LiveSession) -> Sandbox:
+        await live.wait_until_gone()
+        live.needs_init = False
+        session = await self._store.get_session(session.tenant_id, session.id)  # it may have been paused or changed meanwhile
+        self._require_active(session)
+        self._check_folder(session.agent_name, session.agent_digest)
+        self._counters["wakes"] += 1
+        sandbox = await self._start(session, live, is_fresh=False, transcript=await self._transcript(live))
+        await self._store.update_session(session.id, sandbox_id=sandbox.id)
+        return sandbox
+
+    async def _start(self, session: Session, live: LiveSession, *, is_fresh: bool, transcript: Transcript | None = None) -> Sandbox:
+        """A sandbox for the session, initialized and served."""
         folder = os.path.join(self._sessions_dir, session.id)
         sandbox = await self._sandboxes.claim(SandboxSpec(session.id, folder, self._agents.folder(session.agent_digest), is_fresh))
         try:
-            variables = env if env is not None else await self._agent_env(session)
-            _ = await asyncio.gather(
-                self._store.save_sandbox(session.id, sandbox.handle), self._init(sandbox, session, variables, transcript or [])
-            )
+            saving = self._store.save_sandbox(session.id, sandbox.handle)
+            _ = await asyncio.gather(saving, self._init(sandbox, session, transcript or []))
         except BaseException:  # a sandbox that nobody will own must not live on, whatever went wrong
             await asyncio.shield(self._discard(sandbox))
             raise
-        live.sandbox, live.needs_init = sandbox, False
+        live.sandbox = sandbox
         _ = self._serving.start(self._serve(live, sandbox), f"sandbox {sandbox.id}")
         return sandbox
 
@@ -297,43 +326,31 @@ class Sessions:
         await self._store.delete_sandbox(sandbox.id)
 
     async def _serve(self, live: LiveSession, sandbox: Sandbox) -> None:
-        await live.pump(sandbox)
-        await self._store.delete_sandbox(sandbox.id)
-        self._forget_if_idle(live)
+        with self._using(live.session_id):
+            await live.pump(sandbox)
+            await self._store.delete_sandbox(sandbox.id)
 
-    async def _init(self, sandbox: Sandbox, session: Session, variables: dict[str, str], transcript: Transcript) -> None:
+    async def _init(self, sandbox: Sandbox, session: Session, transcript: Transcript) -> None:
         model = session.model or self._gateway.default_model()
         self._gateway.bind(sandbox.id, ModelAccess(session.id, session.tenant_id, model))
         agent = {"name": session.agent_name, "version": session.agent_version, "sessionId": session.id}
-        options = {key: value for key, value in session.options.items() if key not in ("extraEnv", "credentialId")}
-        env = {**variables, **session.options.get("extraEnv", {})}
+        options = {key: value for key, value in session.options.items() if key not in (AGENT_ENV, "extraEnv", "credentialId")}
+        env = {**session.options.get(AGENT_ENV, {}), **session.options.get("extraEnv", {})}
         await sandbox.init(agent, {**options, "model": model, "env": env}, transcript)
 
-    async def _agent_env(self, session: Session) -> dict[str, str]:
-        try:
-            return (await self._agents.get(session.tenant_id, session.agent_name)).env
-        except AshError:  # the agent was deleted; its sessions go on without its environment
-            return {}
-
-    async def _transcript(self, id: str, exclude: ActiveTurn | None) -> Transcript:
-        said = await self._read_all(id, _SAID)
-        ended = await self._read_all(id, _ENDED)  # asked for by itself, as the log has an index for each of the two
+    async def _transcript(self, live: LiveSession) -> Transcript:
+        """The conversation so far, without the turn that is just beginning."""
+        said = await self._read_all(live.session_id, _SAID)
+        ended = await self._read_all(live.session_id, _ENDED)  # asked for by itself, as the log has an index for each of the two
         events = sorted([*said, *ended], key=lambda event: event.seq)
-        return models.rebuild_transcript([event for event in events if exclude is None or event.data.get("turnId") != exclude.id])
+        beginning = live.turn.id if live.turn is not None else None
+        return models.rebuild_transcript([event for event in events if event.data.get("turnId", "") != beginning])
 
     async def _read_all(self, id: str, types: tuple[str, ...]) -> Events:
         found: Events = []
         while page := await self._log.read(id, after=found[-1].seq if found else 0, limit=_PAGE, types=types):
             found += page
         return found
-
-    async def _give_up(self, live: LiveSession, grace: float = 5.0) -> None:
-        await live.give_up(grace)
-        self._forget_if_idle(live)
-
-    def _forget_if_idle(self, live: LiveSession) -> None:
-        if live.sandbox is None and live.turn is None and not live.lock.locked() and self._live.get(live.session_id) is live:
-            del self._live[live.session_id]
 
     async def _hibernate_idle(self) -> None:
         interval = min(30.0, self._config.idle_timeout / 4)
@@ -345,24 +362,28 @@ class Sessions:
                     await self._hibernate(live)
 
     async def _hibernate(self, live: LiveSession) -> None:
-        async with live.lock:
-            if live.turn is None:
-                self._counters["hibernations"] += 1
-                await live.give_up()
-        self._forget_if_idle(live)
+        with self._using(live.session_id):
+            try:
+                async with live.lock:
+                    if live.turn is None and not live.commands:
+                        self._counters["hibernations"] += 1
+                        await live.give_up()
+            except Exception:  # the edge of the loop: one session's trouble must not keep the others awake
+                log.exception("session %s could not be hibernated", live.session_id)
 
     # Changing a session
 
     async def update_config(self, tenant_id: str, id: str, changes: Json) -> Session:
         """Merge `changes` (model and the options that may change; None takes one back) into the session, from its next message on."""
-        session = await self._store.get_session(tenant_id, id)
-        if session.status == ENDED:
-            raise SessionEnded("Session has ended — create a new session")
-        options = {**session.options, **{key: changes[key] for key in _CHANGEABLE if key in changes}}
-        given = {key: value for key, value in options.items() if value is not None}
-        session = await self._store.update_session(id, model=changes.get("model", KEEP), options=given)
-        if id in self._live:
-            self._live[id].needs_init = True
+        with self._using(id) as live:
+            async with live.config_lock:
+                session = await self._store.get_session(tenant_id, id)
+                if session.status == ENDED:
+                    raise SessionEnded(_HAS_ENDED)
+                options = {**session.options, **{key: changes[key] for key in _CHANGEABLE if key in changes}}
+                given = {key: value for key, value in options.items() if value is not None}
+                session = await self._store.update_session(id, model=changes.get("model", KEEP), options=given)
+                live.needs_init = True
         return session
 
     async def pause(self, tenant_id: str, id: str) -> Session:
@@ -374,54 +395,50 @@ class Sessions:
 
     async def end(self, tenant_id: str, id: str) -> Session:
         """End the session for good. Its row, messages and files stay. Ending it again changes nothing."""
-        session = await self._store.get_session(tenant_id, id)
-        return session if session.status == ENDED else await self._leave(tenant_id, id, ENDED, "end", "ended")
+        return await self._leave(tenant_id, id, ENDED, "end", "ended")
 
     async def _leave(self, tenant_id: str, id: str, to: str, verb: str, action: str) -> Session:
-        before = await self._store.get_session(tenant_id, id)
-        live = self._live_session(id)
-        async with live.lock:
-            session = await self._store.transition(id, to)
-            if session is not None:
-                await self._let_go(live)
-        self._forget_if_idle(live)
-        if session is None:
-            current = await self._store.get_session(tenant_id, id)
-            raise InvalidRequest(f'Cannot {verb} session with status "{current.status}"')
-        await self._record_change(id, action, before.status, to)
-        return session
+        await self._store.get_session(tenant_id, id)
+        with self._using(id) as live:
+            async with live.lock:
+                session = await self._store.get_session(tenant_id, id)
+                if session.status == to == ENDED:
+                    return session
+                if session.status not in TRANSITIONS[to]:
+                    raise InvalidRequest(f'Cannot {verb} session with status "{session.status}"')
+                if live.turn is not None:
+                    await live.interrupt(live.turn)
+                await live.give_up()
+                return await self._change_status(session, to, action)
 
-    async def _let_go(self, live: LiveSession) -> None:
-        """End the turn, then the sandbox; the latter in the background, as nobody has to wait for its last process."""
-        if live.turn is not None:
-            await live.interrupt(live.turn)
-        sandbox, live.sandbox = live.sandbox, None
-        if sandbox is not None:
-            _ = self._tasks.start(sandbox.stop(), f"stop sandbox {sandbox.id}")
+    async def _change_status(self, session: Session, to: str, action: str, **more: Any) -> Session:
+        """To be called under the session's lock. The event comes first: killed in between, the change can be asked for again."""
+        await self._record_change(session.id, action, session.status, to, **more)
+        return await self._store.transition(session.id, to) or await self._store.get_session(session.tenant_id, session.id)
 
     async def resume(self, tenant_id: str, id: str) -> Session:
         """Make a paused, stopped or failed session active again; its sandbox starts in the background. No-op when active."""
-        session = await self._store.get_session(tenant_id, id)
-        if session.status == ENDED:
-            raise SessionEnded("Session has ended — create a new session")
-        if session.status == ACTIVE:
-            return session
-        self._refuse_when_closing()
-        self._check_folder(session.agent_name, session.agent_digest)
-        resumed = await self._store.transition(id, ACTIVE)
-        if resumed is None:
-            return await self._store.get_session(tenant_id, id)
-        await self._record_change(id, "resumed", session.status, ACTIVE, path="cold", source="local")
-        _ = self._tasks.start(self._wake(resumed), f"wake {id}")
-        return resumed
+        await self._store.get_session(tenant_id, id)
+        with self._using(id) as live:
+            async with live.lock:
+                session = await self._store.get_session(tenant_id, id)
+                if session.status == ENDED:
+                    raise SessionEnded(_HAS_ENDED)
+                if session.status == ACTIVE:
+                    return session
+                self._refuse_when_closing()
+                self._check_folder(session.agent_name, session.agent_digest)
+                session = await self._change_status(session, ACTIVE, "resumed", path="cold", source="local")
+            _ = self._tasks.start(self._wake(session), f"wake {id}")
+        return session
 
     async def _wake(self, session: Session) -> None:
         """Have the sandbox ready before the next message asks for it. A failure is left for that message to report."""
-        live = self._live_session(session.id)
-        try:
-            await self._ensure_sandbox(session, live, exclude=live.turn)
-        except AshError as error:
-            log.warning("session %s did not wake ahead of its next message: %s", session.id, error)
+        with self._using(session.id) as live:
+            try:
+                await self._ensure_sandbox(session, live)
+            except AshError as error:
+                log.warning("session %s did not wake ahead of its next message: %s", session.id, error)
 
     async def fork(self, tenant_id: str, id: str) -> Session:
         """A paused copy: the conversation and the workspace as they are now. It goes its own way from here."""
@@ -445,12 +462,14 @@ class Sessions:
         """Run a shell command in the workspace, beside a turn that may be running; wakes the session when it has no sandbox."""
         session = await self._store.get_session(tenant_id, id)
         self._require_active(session)
-        live = self._live_session(id)
-        sandbox = live.sandbox or await self._ensure_sandbox(session, live, exclude=live.turn)
-        live.idle_since = time.monotonic() + timeout
-        result = await sandbox.exec(command, timeout=timeout, **options)
-        live.idle_since = time.monotonic()
-        return result
+        with self._using(id) as live:
+            sandbox = live.sandbox or await self._ensure_sandbox(session, live)
+            live.commands += 1
+            try:
+                return await sandbox.exec(command, timeout=timeout, **options)
+            finally:
+                live.commands -= 1
+                live.idle_since = time.monotonic()
 
     async def logs(self, tenant_id: str, id: str, after: int = -1) -> Lines:
         """What the session's sandbox wrote beside its events; empty while it has none."""

@@ -6,6 +6,7 @@ It knows no requests and no records. Whatever dies, `LiveSession.finish` writes 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import Counter
@@ -38,15 +39,23 @@ class ActiveTurn:
         self.error: str | None = None
         self.overdue: str | None = None  # why the server ended it
         self.last_sign = time.monotonic()
+        self.is_ending = False
         self.ended = asyncio.Event()
 
 
 class LiveSession:
-    """What the server holds in memory for one session. `lock` guards its status together with its sandbox."""
+    """What the server holds in memory for one session, for as long as it has users, a sandbox or a turn.
+
+    `lock` guards its status together with its sandbox, `config_lock` the merging of changes to its configuration.
+    """
 
     def __init__(self, session_id: str, event_log: EventLog, counters: Counter[str]) -> None:
         self.session_id = session_id
         self.lock = asyncio.Lock()
+        self.config_lock = asyncio.Lock()
+        self.users = 0
+        self.commands = 0  # of `exec`, under way
+        self.dying: Sandbox | None = None  # given up, perhaps not gone yet
         self.sandbox: Sandbox | None = None
         self.turn: ActiveTurn | None = None
         self.needs_init = False
@@ -56,7 +65,11 @@ class LiveSession:
 
     @property
     def is_idle(self) -> bool:
-        return self.turn is None and not self.lock.locked()
+        return self.turn is None and not self.commands and not self.lock.locked()
+
+    @property
+    def is_unused(self) -> bool:
+        return not self.users and self.sandbox is None and self.turn is None
 
     def begin(self, turn: ActiveTurn) -> None:
         """Take the one place for a turn. Raises TurnRunning; nothing is awaited, so that no second turn slips in."""
@@ -66,23 +79,24 @@ class LiveSession:
 
     async def pump(self, sandbox: Sandbox) -> None:
         """Write a sandbox's events into the log until it is gone, then end the turn that it left open."""
+        trouble = ""
         try:
             async for events in sandbox.batches():
                 await self._record(events)
-        except AshError as error:
-            log.error("session %s: its events could not be recorded: %s", self.session_id, error)
+        except Exception as error:  # the edge of the loop: whatever it is, the turn must end and the sandbox must not run on unheard
+            log.exception("session %s: its events could not be recorded", self.session_id)
+            trouble = f"its events could not be recorded: {error}"
             await sandbox.stop(grace=0)
-            sandbox.failure = sandbox.failure or f"the session's events could not be recorded: {error}"
         if self.sandbox is sandbox:
             self.sandbox = None
         if self.turn is not None and self.turn.sandbox is sandbox:
-            await self.finish(self.turn, "failed", sandbox.failure or "the sandbox ended during the turn")
+            await self.finish(self.turn, "failed", trouble or sandbox.failure or "the sandbox ended during the turn")
 
     async def _record(self, batch: list[Json]) -> None:
         """Events that came together share a commit."""
         turn, entries = self.turn, list[NewEvent]()
         for event in batch:
-            if turn is None or event.get("turn_id") != turn.id:
+            if turn is None or turn.is_ending or event.get("turn_id") != turn.id:
                 continue
             turn.last_sign = time.monotonic()
             if event["ev"] in ("message", "delta"):
@@ -92,12 +106,17 @@ class LiveSession:
             elif event["ev"] == "done":
                 await self.finish(turn, event["status"], event.get("error"), before=entries)
                 return  # a bridge has one turn at a time: what else it sent belongs to none
-        await self._log.append(self.session_id, entries)
+        if turn is None or not turn.is_ending:
+            await self._log.append(self.session_id, entries)
 
     async def finish(self, turn: ActiveTurn, status: str, error: str | None = None, before: Sequence[NewEvent] = ()) -> None:
         """End a turn with its terminal event, synced to disk, behind the entries `before`. Only the first call for a turn counts."""
         if self.turn is not turn:
             return
+        if turn.is_ending:
+            await turn.ended.wait()
+            return
+        turn.is_ending = True
         if turn.interrupted and status == "failed":
             status = "interrupted"
         elif turn.overdue is not None and status == "interrupted":
@@ -105,16 +124,16 @@ class LiveSession:
         reason = NewEvent(models.TURN_FAILED, {"error": turn.error or turn.overdue or error or "the turn failed"})
         end = NewEvent(models.TURN_ENDED, {"turnId": turn.id, "status": status})
         events = [*before, *([reason] if status == "failed" else []), end]
-        # The place is free before the event can be seen: a client that reads `done` may send its next message at once.
-        # Nothing is awaited in between, so the next turn's first event comes behind this one in the log.
+        await self._append_surely(events)
+        # Whoever appended goes on before any follower of the log does, so a client that reads `done` finds the place free.
         self.turn = None
         self.idle_since = time.monotonic()
         self._counters[status] += 1
-        await self._append_surely(events)
         turn.ended.set()
 
     async def _append_surely(self, events: list[NewEvent]) -> None:
-        for delay in _RETRY_DELAYS:
+        """Again and again, however long the disk stays full: a turn without its end would be one that runs for ever."""
+        for delay in itertools.chain(_RETRY_DELAYS, itertools.repeat(_RETRY_DELAYS[-1])):
             try:
                 await self._log.append(self.session_id, events, sync=True)
                 return
@@ -124,7 +143,6 @@ class LiveSession:
             except AshError as error:
                 log.error("session %s: the end of its turn could not be recorded, next try in %s s: %s", self.session_id, delay, error)
                 await asyncio.sleep(delay)
-        log.error("session %s: the end of its turn is not recorded; the next start of the server will", self.session_id)
 
     async def query(self, turn: ActiveTurn, sandbox: Sandbox) -> None:
         """Hand the turn to the bridge. From here on the pump ends it."""
@@ -166,14 +184,17 @@ class LiveSession:
         await self.break_off(turn, "interrupted")
 
     async def break_off(self, turn: ActiveTurn, status: str, grace: float = INTERRUPT_GRACE) -> None:
-        """End a turn that a bridge is running: by asking first, for `grace` seconds. One not yet handed over ends in `query`."""
-        if turn.sandbox is None:
+        """End a turn: by asking its bridge first, for `grace` seconds, then by taking its sandbox away."""
+        sandbox = turn.sandbox
+        if sandbox is not None and grace:
+            await self._ask_to_end(turn, sandbox, grace)
+        if self.turn is not turn:
             return
-        if grace:
-            await self._ask_to_end(turn, turn.sandbox, grace)
-        if self.turn is turn:
-            await self.finish(turn, status)
-            await self.give_up(grace=0)
+        if sandbox is not None and self.sandbox is sandbox:
+            self.sandbox, self.dying = None, sandbox  # before the place is free: the next turn must not be handed to it
+        await self.finish(turn, status)
+        if sandbox is not None:
+            await sandbox.stop(grace=0)
 
     async def _ask_to_end(self, turn: ActiveTurn, sandbox: Sandbox, grace: float) -> None:
         try:
@@ -187,4 +208,11 @@ class LiveSession:
         """Stop the sandbox, if there is one. The session's folder stays, so that the session can wake again."""
         sandbox, self.sandbox = self.sandbox, None
         if sandbox is not None:
+            self.dying = sandbox
             await sandbox.stop(grace)
+
+    async def wait_until_gone(self) -> None:
+        """Two bridges on one folder would be one too many: wait for the last one's end."""
+        if self.dying is not None:
+            await self.dying.stop(grace=0)
+            self.dying = None

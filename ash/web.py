@@ -178,6 +178,8 @@ def bind(host: str, port: int) -> list[socket.socket]:
             except OSError as error:
                 if error.errno != errno.EADDRNOTAVAIL or address == host:  # a name may stand for IPv6, which is not everywhere
                     raise
+    except ValueError as error:  # the resolver's word for a name with an empty or overlong part, or with a NUL
+        raise ConfigError(f"cannot listen on {host}: that is neither an address nor the name of a machine; give another --host") from error
     except OSError as error:
         for listener in bound:
             listener.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -32,16 +33,17 @@ def nothing_is_left_behind() -> Iterator[None]:
 
 def remains() -> set[str]:
     """What could be left of a server: its processes and those of its sandboxes without a living owner, its folders, its mounts."""
-    folders = {f"folder {entry.path}" for entry in os.scandir(tempfile.gettempdir()) if entry.name.startswith("ash-")}
+    folders = {f"folder {entry.path}" for entry in os.scandir(tempfile.gettempdir()) if re.fullmatch(r"ash-\w{8}", entry.name)}
     mounts = {f"mount {line.split()[4]}" for line in Path("/proc/self/mountinfo").read_text().splitlines() if "ash" in line.split()[4]}
     return folders | mounts | {f"process {pid} {command}" for pid, command in ash_processes()}
 
 
 def ash_processes() -> Iterator[tuple[int, str]]:
-    """Processes of Ash whose parent is init or this one. A server that somebody else runs here owns its sandboxes itself."""
+    """Sandboxes without a living owner, and servers and commands of these tests. What somebody else runs here is not meant."""
     for process in psutil.process_iter(["pid", "ppid", "cmdline", "status"]):
         command = " ".join(process.info["cmdline"] or [])
-        is_ours = "--listen-fd" in command or "ash.pyz" in command or "-m ash" in command
+        is_server = ("ash.pyz" in command or "-m ash" in command) and re.search(rf"{tempfile.gettempdir()}/(ash-\w{{8}}|pytest-)", command)
+        is_ours = "--listen-fd" in command or is_server
         if is_ours and process.info["ppid"] in (1, os.getpid()) and process.info["status"] != psutil.STATUS_ZOMBIE:
             yield process.info["pid"], command[:120]
 

@@ -145,6 +145,7 @@ class FakeSandbox:
             self._events.put_nowait(None)
 
     async def stop(self, grace: float = 5.0) -> None:
+        await self._owner.gate.wait()
         if self._turn is not None:
             self._turn.cancel()
             await asyncio.gather(self._turn, return_exceptions=True)
@@ -167,6 +168,8 @@ class FakeSandboxes:
         self.data_dir, self.maximum = data_dir, maximum
         self.script: Script = echo
         self.broken: Exception | None = None
+        self.gate = asyncio.Event()  # claims and stops wait for it
+        self.gate.set()
         self.claimed: list[FakeSandbox] = []
         self.reaped: list[SandboxHandle] = []
         self._alive: dict[str, FakeSandbox] = {}
@@ -180,6 +183,7 @@ class FakeSandboxes:
             await sandbox.stop(grace=0)
 
     async def claim(self, spec: SandboxSpec) -> FakeSandbox:
+        await self.gate.wait()
         if self.broken is not None:
             raise self.broken
         if len(self._alive) >= self.maximum:

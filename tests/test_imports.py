@@ -13,7 +13,7 @@ import ash
 
 ROOT = Path(ash.__file__).parent
 
-LEAVES = {"errors", "config", "models", "dialect", "protocol", "sse", "tasks"}
+LEAVES = {"errors", "config", "models", "dialect", "protocol", "sse", "tasks", "skipped"}
 EDGES = {"store", "sql", "sandbox", "isolation", "bridge", "runtime", "client", "remote"}
 CORE = {"agents", "sessions", "turns", "events", "gateway", "providers", "offline", "keys"}
 FRONT = {"web", "routes", "peer", "auth"}

@@ -10,7 +10,7 @@ import pytest
 
 from ash import models
 from ash.config import Config
-from ash.errors import CapacityReached, InvalidRequest, SandboxFailed, SessionEnded, TurnRunning
+from ash.errors import CapacityReached, InvalidRequest, SandboxFailed, SessionEnded, StoreFailed, TurnRunning
 from ash.models import DEFAULT_TENANT, Event
 from tests import fakes
 from tests.harness import Server, eventually, serving
@@ -244,3 +244,153 @@ async def test_nothing_of_an_ended_session_is_left_in_memory(start_server: Start
     await server.parts.sessions.end(DEFAULT_TENANT, id)
     await eventually(lambda: not server.parts.sessions._live)
     assert not os.listdir(os.path.join(server.parts.config.data_dir, "run"))
+
+
+# Interleavings
+
+
+async def test_a_message_during_hibernation_wakes_the_one_session_there_is(start_server: Start) -> None:
+    server = await start_server(idle_timeout=0.1)
+    id = await server.session()
+    server.sandboxes.gate.clear()  # the sandbox is given up, and takes its time
+    await eventually(lambda: server.parts.sessions.status()["hibernations"])
+    server.sandboxes.script = fakes.wait
+    sending = asyncio.create_task(server.parts.sessions.send(DEFAULT_TENANT, id, "awake?", {}))
+    await asyncio.sleep(0)
+    server.sandboxes.gate.set()
+    started = await sending
+    assert server.parts.sessions.live(id)["turn"]["id"] == started.id
+    with pytest.raises(TurnRunning):
+        await server.parts.sessions.send(DEFAULT_TENANT, id, "again", {})
+    await server.parts.sessions.end(DEFAULT_TENANT, id)
+    await eventually(lambda: all(sandbox.is_gone for sandbox in server.sandboxes.claimed))
+
+
+async def test_resume_during_pause_waits_for_it(start_server: Start) -> None:
+    server = await start_server()
+    sessions, id = server.parts.sessions, await server.session()
+    server.sandboxes.gate.clear()
+    pausing = asyncio.create_task(sessions.pause(DEFAULT_TENANT, id))
+    await asyncio.sleep(0.05)
+    resuming = asyncio.create_task(sessions.resume(DEFAULT_TENANT, id))
+    server.sandboxes.gate.set()
+    await asyncio.gather(pausing, resuming)
+    await turn(server, id)
+    assert sum(not sandbox.is_gone for sandbox in server.sandboxes.claimed) == 1
+    actions = [event.data["action"] for event in await log_of(server, id) if event.type == models.SESSION_STATUS_CHANGED]
+    assert actions == ["created", "paused", "resumed"]
+
+
+async def test_ending_many_times_at_once_is_one_end(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    ended = await asyncio.gather(*(server.parts.sessions.end(DEFAULT_TENANT, id) for _ in range(8)))
+    assert {session.status for session in ended} == {"ended"}
+    actions = [event.data.get("action") for event in await log_of(server, id)]
+    assert actions.count("ended") == 1
+
+
+async def test_interrupt_during_a_slow_start_ends_the_turn_at_once(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    server.sandboxes.claimed[0].vanish("gone")
+    await eventually(lambda: not server.parts.sessions.status()["active_sandboxes"])
+    server.sandboxes.gate.clear()
+    started = await server.parts.sessions.send(DEFAULT_TENANT, id, "slow", {})
+    assert await server.parts.sessions.interrupt(DEFAULT_TENANT, id)
+    assert ending(await rest_of_turn(server, id, started.first_seq)) == ("interrupted", None)
+    server.sandboxes.gate.set()
+    assert ending(await turn(server, id, "next"))[0] == "completed"
+
+
+async def test_an_error_nobody_thought_of_ends_the_turn_too(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    server.sandboxes.claimed[0].vanish("gone")
+    await eventually(lambda: not server.parts.sessions.status()["active_sandboxes"])
+    server.sandboxes.broken = OSError(24, "Too many open files")
+    status, error = ending(await turn(server, id))
+    assert (status, "internal error" in str(error)) == ("failed", True)
+    with pytest.raises(OSError, match="Too many"):
+        await server.parts.sessions.create(DEFAULT_TENANT, "helper")
+    found, _ = await server.parts.sessions.list(DEFAULT_TENANT, status="error")
+    assert len(found) == 1
+
+
+async def test_events_that_cannot_be_dealt_with_end_their_sandbox_and_its_turn(
+    start_server: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await start_server()
+    id = await server.session()
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "expand", lambda *_, **__: 1 / 0)
+        status, error = ending(await turn(server, id))
+    assert (status, "could not be recorded" in str(error)) == ("failed", True)
+    assert server.sandboxes.claimed[0].is_gone
+    assert ending(await turn(server, id))[0] == "completed"
+
+
+async def test_the_place_of_a_turn_is_free_only_when_its_end_is_recorded(start_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = await start_server()
+    id = await server.session()
+    append, refused = server.parts.log.append, list[str]()
+
+    async def full_disk_once(session_id: str, events: list[models.NewEvent], *, sync: bool = False) -> list[Event]:
+        if sync and not refused:
+            refused.append(session_id)
+            with pytest.raises(TurnRunning):
+                await server.parts.sessions.send(DEFAULT_TENANT, id, "too early", {})
+            raise StoreFailed("The disk is full")
+        return await append(session_id, events, sync=sync)
+
+    monkeypatch.setattr(server.parts.log, "append", full_disk_once)
+    assert ending(await turn(server, id))[0] == "completed"
+    assert refused == [id]
+    assert ending(await turn(server, id))[0] == "completed"
+
+
+async def test_a_change_during_the_wake_up_reaches_the_next_turn(start_server: Start) -> None:
+    server = await start_server()
+    sessions, id = server.parts.sessions, await server.session()
+    await sessions.pause(DEFAULT_TENANT, id)
+    server.sandboxes.gate.clear()
+    await sessions.resume(DEFAULT_TENANT, id)
+    await asyncio.sleep(0.05)
+    changes = ({"allowedTools": ["Read"]}, {"model": "other"}, {"disallowedTools": ["Bash"]})
+    await asyncio.gather(*(sessions.update_config(DEFAULT_TENANT, id, change) for change in changes))
+    server.sandboxes.gate.set()
+    await turn(server, id)
+    _, options, _ = server.sandboxes.claimed[-1].inits[-1]
+    assert (options["allowedTools"], options["disallowedTools"], options["model"]) == (["Read"], ["Bash"], "other")
+
+
+async def test_a_command_that_wakes_the_session_does_not_show_it_the_new_message_twice(start_server: Start) -> None:
+    server = await start_server()
+    sessions, id = server.parts.sessions, await server.session()
+    server.sandboxes.claimed[0].vanish("gone")
+    await eventually(lambda: not sessions.status()["active_sandboxes"])
+    started, _ = await asyncio.gather(sessions.send(DEFAULT_TENANT, id, "only once", {}), sessions.exec(DEFAULT_TENANT, id, "ls"))
+    await rest_of_turn(server, id, started.first_seq)
+    assert "only once" not in str([init[2] for sandbox in server.sandboxes.claimed for init in sandbox.inits])
+
+
+async def test_a_session_keeps_the_environment_its_agent_had_when_it_began(start_server: Start) -> None:
+    server = await start_server()
+    deploy = server.parts.agents.deploy
+    await deploy(DEFAULT_TENANT, "helper", files=None, path=None, system_prompt="x", env={"TOKEN": "old"}, config=None)
+    id = (await server.parts.sessions.create(DEFAULT_TENANT, "helper")).id
+    await deploy(DEFAULT_TENANT, "helper", files=None, path=None, system_prompt="x", env={"TOKEN": "new"}, config=None)
+    await server.parts.sessions.pause(DEFAULT_TENANT, id)
+    await server.parts.sessions.resume(DEFAULT_TENANT, id)
+    await turn(server, id)
+    assert server.sandboxes.claimed[-1].inits[-1][1]["env"] == {"TOKEN": "old"}
+    assert "old" not in str(await server.call("GET", f"/api/sessions/{id}"))
+
+
+async def test_refused_messages_leave_nothing_in_memory(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    await server.parts.sessions.end(DEFAULT_TENANT, id)
+    with pytest.raises(InvalidRequest):
+        await server.parts.sessions.send(DEFAULT_TENANT, id, "hello?", {})
+    await eventually(lambda: not server.parts.sessions._live)

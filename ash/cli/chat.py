@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
@@ -57,7 +55,7 @@ def _not_empty(text: str) -> str:
 def _chat(args: argparse.Namespace, terminal: Terminal) -> int:
     with _tidy_end() as stack:
         if args.session:
-            client = profile.client(args)
+            client = _server_of_session(args, terminal, stack)
             session = client.get_session(args.session)
             message = read_message(_without_agent(args.words, session))
             return _talk(client, session, message, args, terminal)
@@ -137,7 +135,7 @@ def _connect(agent: str, args: argparse.Namespace, terminal: Terminal, stack: Ex
 
 def _running_server(agent: str, args: argparse.Namespace, terminal: Terminal) -> AshClient | None:
     """The server that commands talk to. None when a server of our own is in place: none is named, none runs, and a folder is meant."""
-    if args.data_dir is not None:
+    if args.data_dir:
         return None
     where = profile.address(args)
     client = profile.client(args)
@@ -152,6 +150,15 @@ def _running_server(agent: str, args: argparse.Namespace, terminal: Terminal) ->
     return client
 
 
+def _server_of_session(args: argparse.Namespace, terminal: Terminal, stack: ExitStack) -> AshClient:
+    """The server that holds the session to continue: with --data-dir the one on that folder, which must have been used before."""
+    if not args.data_dir:
+        return profile.client(args)
+    if not os.path.isfile(os.path.join(os.path.expanduser(args.data_dir), "ash.db")):
+        raise UsageError(f"{args.data_dir} is not the data folder of a server; give the folder that the session was kept in")
+    return _embedded_server(args, terminal, stack)
+
+
 def _say_offline(client: AshClient, terminal: Terminal) -> None:
     health = client.health()
     if health.is_offline and not terminal.is_json:
@@ -163,7 +170,7 @@ def _embedded_server(args: argparse.Namespace, terminal: Terminal, stack: ExitSt
     from ash.cli import local
     from ash.client import AshClient
 
-    data_dir = os.path.abspath(os.path.expanduser(args.data_dir)) if args.data_dir else _temporary_folder(stack)
+    data_dir = _data_folder(args, stack)
     server = local.find(data_dir)
     if server is None:
         terminal.note("Starting a server for this conversation…", DIM)
@@ -178,27 +185,25 @@ def _embedded_server(args: argparse.Namespace, terminal: Terminal, stack: ExitSt
 
 def _initial_key(data_dir: str) -> str | None:
     try:
-        with open(os.path.join(data_dir, "initial-api-key"), encoding="utf-8") as file:
+        with open(os.path.join(data_dir, profile.INITIAL_KEY_FILE), encoding="utf-8") as file:
             return file.read().strip() or None
     except OSError:
         return None
 
 
-def _temporary_folder(stack: ExitStack) -> str:
-    folder = tempfile.mkdtemp(prefix="ash-")
-    stack.callback(_remove, folder)
-    if os.geteuid() == 0:
-        os.chmod(folder, 0o711)  # sandboxes of root's server have users of their own, who must get through
+def _data_folder(args: argparse.Namespace, stack: ExitStack) -> str:
+    from ash.cli import local
+
+    if args.data_dir:
+        return os.path.abspath(os.path.expanduser(str(args.data_dir)))
+    if args.keep:
+        raise UsageError(
+            "--keep needs a server or a data folder that lasts: none runs, and the temporary folder of this conversation would be removed "
+            "with the session; add --data-dir FOLDER, or start a server with `ash start`"
+        )
+    folder = local.temporary_folder()
+    stack.callback(local.remove_temporary, folder)
     return folder
-
-
-def _remove(folder: str) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    if os.path.exists(folder):  # agents may leave folders that nobody can write to
-        for parent, _, _ in os.walk(folder):
-            with suppress(OSError):
-                os.chmod(parent, 0o700)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +23,7 @@ from ash.errors import ConnectionFailed, Forbidden, SandboxFailed
 START_TIMEOUT = 60.0
 """Generous, because the first start of a new ash.pyz unpacks."""
 _CLOCK_SLACK = 60.0
+_TEMPORARY = "ash-chat-"
 
 
 class LocalServer(NamedTuple):
@@ -93,12 +97,13 @@ class Child:
     """A server process that this one started, with its output in a log file."""
 
     def __init__(self, arguments: Sequence[str], data_dir: str, *, environ: Mapping[str, str] | None = None, is_tied: bool = False) -> None:
-        """`is_tied`: the server ends when this process does, however that happens."""
+        """`is_tied`: the server ends when this process does, however that happens, and removes its data folder if that is temporary."""
         self._data_dir = data_dir
         os.makedirs(data_dir, mode=0o711 if os.geteuid() == 0 else 0o700, exist_ok=True)
         self.log = os.path.join(data_dir, "server.log")
         self._log_start = os.path.getsize(self.log) if os.path.exists(self.log) else 0
-        command = [*program(), "start", *arguments, *(["--stop-with-stdin"] if is_tied else [])]
+        ties = ["--stop-with-stdin", *(["--remove-data-dir"] if is_temporary(data_dir) else [])]
+        command = [*program(), "start", *arguments, *(ties if is_tied else [])]
         with open(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as output:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE if is_tied else subprocess.DEVNULL, stdout=output, stderr=output,
@@ -113,8 +118,9 @@ class Child:
             if server is not None and self._is_mine(server) and _answers(server.url):
                 return server
             time.sleep(0.02)
+        said = self._log_tail()  # before its end, which may take a temporary folder with it
         self.end(grace=1.0)
-        raise SandboxFailed(f"the server did not start:\n{self._log_tail()}\n(its log is {self.log})")
+        raise SandboxFailed(f"the server did not start:\n{said}\n(its log is {self.log})")
 
     def _is_mine(self, server: LocalServer) -> bool:
         return server.pid == self.process.pid
@@ -125,11 +131,11 @@ class Child:
             return file.read().decode("utf-8", "replace").strip() or "(it wrote nothing)"
 
     def end(self, grace: float = 20.0) -> None:
-        """Stop it: ask, wait, insist."""
+        """Stop it: ask, wait, insist. It is asked once, because a second signal would cut its own tidying short."""
         if self.process.stdin is not None:
             with suppress(OSError):
                 self.process.stdin.close()
-        if self.process.poll() is None:
+        elif self.process.poll() is None:
             self.process.terminate()
         try:
             self.process.wait(grace)
@@ -149,3 +155,37 @@ def _answers(url: str) -> bool:
         return AshClient(url, timeout=5).health().status == "ok"
     except ConnectionFailed:
         return False
+
+
+# Temporary data folders
+
+
+def temporary_folder() -> str:
+    """A new data folder for one conversation, for `remove_temporary` when that is over."""
+    folder = tempfile.mkdtemp(prefix=_TEMPORARY)
+    if os.geteuid() == 0:
+        os.chmod(folder, 0o711)  # sandboxes of root's server have users of their own, who must get through
+    return folder
+
+
+def is_temporary(folder: str) -> bool:
+    """Whether `temporary_folder` made it: by its place, its name and its owner, and only if it is no link."""
+    try:
+        found = os.lstat(folder)
+    except OSError:
+        return False
+    parent, name = os.path.split(os.path.abspath(folder))
+    is_in_place = os.path.realpath(parent) == os.path.realpath(tempfile.gettempdir()) and name.startswith(_TEMPORARY)
+    return is_in_place and stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+
+
+def remove_temporary(folder: str) -> None:
+    """Remove it with all that agents left there. Anything but a folder of `temporary_folder` is left alone."""
+    if not is_temporary(folder):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    if os.path.exists(folder):  # agents may leave folders that nobody can write to
+        for parent, _, _ in os.walk(folder):
+            with suppress(OSError):
+                os.chmod(parent, 0o700)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -20,8 +20,8 @@ def _serve(args: argparse.Namespace, _terminal: Terminal) -> int:
 
     try:
         offline.run(args.host, args.port, args.script)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {args.host}, port {args.port}: {error.strerror or error}") from error
+    except (OSError, OverflowError, UnicodeError) as error:  # the last two: a port beyond 65535, a name that is none
+        raise ConfigError(f"cannot listen on {args.host}, port {args.port}: {getattr(error, 'strerror', None) or error}") from error
     return 0
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ash.client import AshClient
 
 DEFAULT_URL = "http://localhost:4100"
+INITIAL_KEY_FILE = "initial-api-key"
+"""Where a server writes the first key, in its data folder."""
 
 
 class Address(NamedTuple):
@@ -134,11 +136,12 @@ def unlink() -> str | None:
 
 
 def adopt_key(data_dir: str, url: str) -> bool:
-    """Take the first API key of a server that was just started here, when it is the one the command line talks to.
+    """Take the API key that a server which was just started here wrote, when it is the one the command line talks to.
 
-    The key's own file is then removed, so that it exists once. False when there is none to take.
+    In the folder of config.json the key's own file is then removed, so that the key exists once. Elsewhere it stays: a server looks
+    for its owner's key in its own data folder alone, and would make another at each start. False when no key was taken.
     """
-    file = os.path.join(data_dir, "initial-api-key")
+    file = os.path.join(data_dir, INITIAL_KEY_FILE)
     stored = load()
     linked = stored.get("server_url")
     is_linked = bool(linked) and same(linked or "", url)
@@ -146,10 +149,24 @@ def adopt_key(data_dir: str, url: str) -> bool:
         return False
     with open(file, encoding="utf-8") as source:
         key = source.read().strip()
-    if not key:
+    slot = "api_key" if is_linked or not linked else "local_api_key"
+    is_new = bool(key) and stored.get(slot) != key and not _is_accepted(stored.get(slot), url)
+    if is_new:
+        stored[slot] = key
+        save(stored)
+    if stored.get(slot) == key and os.path.samefile(home(), data_dir):
+        with suppress(FileNotFoundError):
+            os.unlink(file)
+    return is_new
+
+
+def _is_accepted(key: str | None, url: str) -> bool:
+    """Whether the server takes this key: one that somebody chose is not replaced by the one in the file."""
+    from ash.client import AshClient
+    from ash.errors import Unauthorized
+
+    try:
+        _ = AshClient(url, key, timeout=10).list_agents() if key else None
+    except Unauthorized:
         return False
-    stored["api_key" if is_linked or not linked else "local_api_key"] = key
-    save(stored)
-    with suppress(FileNotFoundError):
-        os.unlink(file)
-    return True
+    return bool(key)

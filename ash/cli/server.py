@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 
 from ash.cli import local, profile
-from ash.cli.command import Command
+from ash.cli.command import Command, UsageError
 from ash.cli.terminal import DIM, Terminal
 from ash.config import SETTINGS, Config, Secret, load_config
 from ash.errors import AshError, ConfigError, NotFound, Timeout
@@ -29,6 +29,8 @@ def _configure_start(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop-with-stdin", action="store_true", help="stop when standard input is closed, for programs that start a server"
     )
+    # Given by `ash chat` alone, for the temporary folder it made: a chat that is killed cannot remove it.
+    parser.add_argument("--remove-data-dir", action="store_true", help=argparse.SUPPRESS)
     settings = parser.add_argument_group("settings", "each can be given by its variable too; `ash config` shows what is in force")
     for setting in SETTINGS:
         words = "|".join(setting.kind) if isinstance(setting.kind, tuple) else setting.name.rpartition("_")[2].upper()
@@ -42,6 +44,8 @@ def _configure_start(parser: argparse.ArgumentParser) -> None:
 
 def _start(args: argparse.Namespace, terminal: Terminal) -> int:
     config = load_config({setting.name: getattr(args, setting.name) for setting in SETTINGS})
+    if args.remove_data_dir and not local.is_temporary(config.data_dir):
+        raise UsageError(f"{config.data_dir} is no temporary folder of `ash chat`; start without --remove-data-dir, and remove it yourself")
     running = local.find(config.data_dir)
     if running is not None:
         return _say_started(running, terminal, "Ash runs already")
@@ -53,11 +57,13 @@ def _start(args: argparse.Namespace, terminal: Terminal) -> int:
     from ash import web
 
     web.run(config)
+    if args.remove_data_dir:
+        local.remove_temporary(config.data_dir)
     return 0
 
 
 def _take_key(data_dir: str, pid: int, terminal: Terminal) -> None:
-    """Wait until the server of this process listens, then move its first key to where the command line looks for it."""
+    """Wait until the server of this process listens, then take its first key to where the command line looks for it."""
     deadline = time.monotonic() + local.START_TIMEOUT
     while time.monotonic() < deadline:
         server = local.find(data_dir)
@@ -72,7 +78,7 @@ def _adopt_key(server: local.LocalServer, terminal: Terminal) -> None:
         if profile.adopt_key(server.data_dir, server.url):
             terminal.note(f"The API key is now in {profile.path()}, where the command line finds it", DIM)
     except (AshError, OSError) as error:
-        terminal.note(f"The API key stays in {os.path.join(server.data_dir, 'initial-api-key')}: {error}")
+        terminal.note(f"The API key stays in {os.path.join(server.data_dir, profile.INITIAL_KEY_FILE)}: {error}")
 
 
 def _stop_with_stdin() -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from ash.remote.calls import Call
 from ash.remote.folder import Upload
-from ash.remote.http1 import BrokenResponse, CannotConnect, Head, ResponseParser
+from ash.remote.http1 import BrokenResponse, CannotConnect, Head, NothingFollows, ResponseParser
 from ash.remote.server import Server, answer
 
 T = TypeVar("T")
@@ -104,6 +104,8 @@ def open_stream(server: Server, call: Call[None]) -> Connection:
     try:
         connection.send(server.head(call), call.body)
         head = connection.read_head()
+        if head.status == 204:
+            raise NothingFollows()
         if head.status != 200 or not head.headers.get("content-type", "").startswith("text/event-stream"):
             answer(call, head, connection.read_all())
             raise BrokenResponse(f"{server.url} did not answer with a stream of events; is this address an Ash server?")

@@ -16,7 +16,7 @@ from ash import sse
 from ash.errors import AshError, CapacityReached, ConnectionFailed, RateLimited, Timeout, TurnFailed, UpstreamError
 from ash.remote import calls
 from ash.remote.calls import Call, Content
-from ash.remote.http1 import BrokenResponse, CannotConnect
+from ash.remote.http1 import BrokenResponse, CannotConnect, NothingFollows
 from ash.remote.records import Event, EventData, Json, Message, TurnResult
 
 Step = float | Call[Any]
@@ -118,6 +118,9 @@ class TurnState(StreamState):
         if isinstance(error, CannotConnect) and not self._was_sent:
             self.gave_up = True
             raise error
+        if isinstance(error, NothingFollows) and self.last_id is not None:
+            self.is_finished = True
+            return calls.continue_turn(self.session_id, self.last_id)
         self._was_sent = True
         yield self._pause(error)
         if self.last_id is not None:
@@ -159,7 +162,10 @@ class FollowState(StreamState):
         super().__init__(session_id, after)
 
     def plan(self, error: Exception) -> Generator[Step, Any, Call[None]]:
-        yield self._pause(error)
+        if isinstance(error, NothingFollows):
+            self.is_finished = True
+        else:
+            yield self._pause(error)
         if isinstance(error, StreamOver):
             session = yield calls.get_session(self.session_id)
             self.is_finished = session.status == "ended"
@@ -180,6 +186,7 @@ class TurnCollector:
         self._messages: list[Json] = []
         self._texts: list[str] = []
         self._error = ""
+        self._is_over = False
         self._done: Json = {}
 
     def feed(self, event: Event) -> None:
@@ -189,10 +196,12 @@ class TurnCollector:
         elif event.type == "error":
             self._error = str(event.data) or "the turn failed"
         elif event.type == "done":
-            self._done = event.data
+            self._done, self._is_over = event.data, True
 
     def result(self) -> TurnResult:
-        """Raises TurnFailed when the turn ended in an error."""
+        """Raises TurnFailed when the turn ended in an error, or when nobody knows how it ended."""
+        if not self._is_over and not self._error:
+            raise TurnFailed("the stream ended before the turn did; look at the session's messages for what became of it")
         status = str(self._done.get("status") or "completed")
         if self._error or status == "failed":
             raise TurnFailed(self._error or "the turn failed")

@@ -13,12 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ash.errors import AgentUnusable
+from ash.skipped import is_skipped
 
-_SKIPPED_FOLDERS = {
-    "node_modules", ".git", "__pycache__", ".cache", ".npm", ".pnpm-store", ".yarn", ".venv", "venv", ".tmp", "tmp",
-}  # fmt: skip
-_SKIPPED_NAMES = {".DS_Store"}
-_SKIPPED_ENDINGS = (".env", ".env.local", ".sock", ".lock", ".pid")
 _PIECE = 3 * 256 * 1024  # a multiple of 3, so that the base64 of the pieces joins without padding
 
 Progress = Callable[[int, int], None]
@@ -89,12 +85,12 @@ def scan(folder: str) -> list[File]:
 
 def _walk(root: str) -> Iterator[File]:
     for parent, folders, names in os.walk(root, onerror=_unreadable):
-        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
+        folders[:] = [name for name in folders if not is_skipped(name, is_folder=True)]
         for name in folders:
             if os.path.islink(os.path.join(parent, name)):
                 raise AgentUnusable(f"{os.path.join(parent, name)} is a link to a folder; put the folder itself there, or remove the link")
         for name in names:
-            if name not in _SKIPPED_NAMES and not name.endswith(_SKIPPED_ENDINGS):
+            if not is_skipped(name, is_folder=False):
                 yield _file(root, os.path.join(parent, name))
 
 

@@ -18,6 +18,13 @@ class BrokenResponse(ConnectionError):
     """The peer closed too early, or what it sent is not HTTP."""
 
 
+class NothingFollows(BrokenResponse):
+    """The answer to a stream that is to go on: there is nothing more to send, now or later."""
+
+    def __init__(self) -> None:
+        super().__init__("the server has no events to send")
+
+
 class CannotConnect(ConnectionError):
     """No connection came about, so nothing was sent."""
 
