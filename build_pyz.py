@@ -121,7 +121,7 @@ def _download(requirements: dict[str, set[str]], machine: str, python: str, home
         command = [sys.executable, "-m", "pip", "download", "-qq", "--no-input", "--no-deps", "--require-hashes", "--only-binary=:all:"]
         command += [f"--platform={manylinux}_{machine}" for manylinux in MANYLINUX]
         command += [f"--python-version={python[0]}.{python[1:]}", "--implementation=cp", f"--abi=cp{python}", "--abi=abi3", "--abi=none"]
-        print(f"downloading wheels for CPython {python[0]}.{python[1:]} on {machine}", flush=True)
+        print(f"downloading, once, the packages for CPython {python[0]}.{python[1:]} on {machine}", flush=True)
         done = subprocess.run([*command, "-r", str(listing), "-d", str(partial)], stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise BuildError(f"pip could not download the wheels for {folder.name}:\n{done.stderr.strip()[-2000:]}")
@@ -222,6 +222,7 @@ def pack(payload: Payload, cache: Path) -> bytes:
     kept = cache / "payloads" / hashlib.sha256(repr(filters).encode() + data).hexdigest()
     if kept.exists():
         return kept.read_bytes()
+    print(f"compressing {len(data) / 1e6:.0f} MB, kept for later builds", flush=True)
     packed = lzma.compress(data, filters=filters)
     kept.parent.mkdir(parents=True, exist_ok=True)
     partial = kept.with_suffix(f".{os.getpid()}")

@@ -47,6 +47,8 @@ _IGNORED_SETTINGS = (
     "hooks", "statusLine", "fileSuggestion", "awsAuthRefresh", "awsCredentialExport", "otelHeadersHelper",
     "enabledPlugins", "extraKnownMarketplaces", "enableAllProjectMcpServers", "enabledMcpjsonServers",
 )  # fmt: skip
+# Parts of a folder that agents have elsewhere and that nothing here reads yet; they are kept, and named as ignored.
+_UNUSED_PATHS = (".claude/skills/", ".claude/agents/", ".claude/commands/", "install.sh", "startup.sh")
 _IGNORED = {SETTINGS_PATH: _IGNORED_SETTINGS, LOCAL_SETTINGS_PATH: _IGNORED_SETTINGS, MCP_PATH: ("mcpServers",)}
 
 
@@ -203,7 +205,7 @@ class Agents:
             entries[file.path] = (file.is_executable, hashlib.sha256(file.content).hexdigest())
             if file.path in _CONFIGURATION:
                 contents[file.path] = file.content
-        ignored = _check_configuration(contents)
+        ignored = _check_configuration(contents) + [path for path in _UNUSED_PATHS if any(name.startswith(path) for name in sizes)]
         _seal(temporary, len(sizes))
         return _Unpacked(temporary, _digest(entries), sizes, ignored)
 

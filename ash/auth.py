@@ -66,11 +66,15 @@ class Guard:
         suspicion = _suspicion(request)
         if suspicion is not None:
             return suspicion
-        if not self._is_from_own_user(request):
+        if not self.is_from_own_user(request):
             return "Only the server's own user and root, on this machine, need no key"
         return None
 
-    def _is_from_own_user(self, request: web.Request) -> bool:
+    def is_direct(self, request: web.Request) -> bool:
+        """Whether a request comes from the server's own user or root, on this machine and without a proxy in between."""
+        return not _has_proxy_header(request) and self.is_from_own_user(request)
+
+    def is_from_own_user(self, request: web.Request) -> bool:
         """Whether the connection's other end belongs to one of ours. Asked once a connection: its ends never change."""
         transport = request.transport
         if transport is None:
@@ -86,12 +90,6 @@ class Guard:
 def _end(transport: asyncio.BaseTransport, name: str) -> peer.Address:
     address = transport.get_extra_info(name) or ("", 0)
     return address[0], address[1]
-
-
-def is_direct(request: web.Request) -> bool:
-    """Whether a request comes from this very machine without a proxy in between, whoever sends it."""
-    is_local = request.transport is not None and peer.is_loopback(_end(request.transport, "peername")[0])
-    return is_local and not _has_proxy_header(request)
 
 
 def _has_proxy_header(request: web.Request) -> bool:

@@ -134,6 +134,8 @@ def load_config(flags: Mapping[str, Any] | None = None, environ: Mapping[str, st
             values[setting.name], sources[setting.name] = _parse(setting, environ[setting.env], setting.env), setting.env
         else:
             values[setting.name], sources[setting.name] = setting.default, "default"
+    if not values["data_dir"]:
+        raise ConfigError("--data-dir is empty; name a folder")
     values["data_dir"] = os.path.abspath(os.path.expanduser(values["data_dir"]))
     return Config(sources=sources, **values)
 

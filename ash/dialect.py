@@ -6,6 +6,7 @@ event is an object and never null, because published clients have generated type
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ash import models
@@ -29,6 +30,9 @@ _FRAMES = {
     models.TURN_FAILED: "error",
     models.TURN_ENDED: "done",
 }
+# A block's own type names its frame, and it comes from the sandbox: it must not end a line, nor pass for a frame of ours.
+_BLOCK_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_OWN_NAMES = frozenset((*_FRAMES.values(), "session_end", "resync"))
 
 # Rows of GET /events: log type -> the timeline's type. The reference's enum is closed; other types are not shown there.
 _TIMELINE = {
@@ -52,11 +56,16 @@ def timeline_sources(kind: str | None) -> tuple[str, ...]:
 def frame(event: Event) -> tuple[str, Json] | None:
     """The SSE event name and data of a log event, or None where the message stream does not show it."""
     if event.type in (models.BLOCK_DELTA, models.ASSISTANT_BLOCK):
-        return str(event.data.get("type") or "block"), event.data
+        return _block_name(event.data.get("type")), event.data
     name = _FRAMES.get(event.type)
     if name is None or (event.type == models.ASSISTANT_THINKING and event.data.get("streamed")):
         return None
     return name, _frame_data(event)
+
+
+def _block_name(kind: Any) -> str:
+    is_name = isinstance(kind, str) and _BLOCK_NAME.fullmatch(kind) and kind not in _OWN_NAMES
+    return str(kind) if is_name else "block"
 
 
 def _frame_data(event: Event) -> Json:
@@ -86,6 +95,7 @@ def agent(record: Agent) -> Json:
 
 
 _HIDDEN_OPTIONS = ("agentEnv", "extraEnv", "credentialId", "systemPrompt")
+_MASKED_FIELDS = ("env", "headers")
 
 
 def session(record: Session, **live: Any) -> Json:
@@ -98,7 +108,7 @@ def session(record: Session, **live: Any) -> Json:
         "sandboxId": record.sandbox_id,
         "status": record.status,
         "model": record.model,
-        "config": {key: value for key, value in record.options.items() if key not in _HIDDEN_OPTIONS},
+        "config": {key: _shown_option(key, value) for key, value in record.options.items() if key not in _HIDDEN_OPTIONS},
         "runnerId": None,
         "parentSessionId": record.parent_session_id,
         "createdAt": record.created_at,
@@ -107,10 +117,24 @@ def session(record: Session, **live: Any) -> Json:
     }
 
 
+def _shown_option(name: str, value: Any) -> Any:
+    """An option as anyone may see it: the variables and headers of MCP servers are often keys, so only their names are shown."""
+    if name != "mcpServers" or not isinstance(value, dict):
+        return value
+    return {server: _masked(config) if isinstance(config, dict) else "***" for server, config in value.items()}
+
+
+def _masked(config: Json) -> Json:
+    return {
+        field: (dict.fromkeys(value, "***") if isinstance(value, dict) else "***") if field in _MASKED_FIELDS else value
+        for field, value in config.items()
+    }
+
+
 def message(event: Event, tenant_id: str, sequence: int) -> Json:
     """A row of GET /messages. `content` is JSON in a string, as the reference has it."""
     is_user = event.type == models.TURN_STARTED
-    content = {"type": "user", "content": event.data["content"]} if is_user else event.data
+    content = {"type": "user", "content": event.data.get("content")} if is_user else event.data
     return {
         "id": _row_id(event),
         "sessionId": event.session_id,

@@ -198,22 +198,8 @@ class EventLog:
     async def _page(self, channel: _Channel, session_id: str, after: int) -> list[Event]:
         return [] if channel.is_end(after) else await self.read(session_id, after=after, limit=_PAGE)
 
-    async def wait(self, session_id: str, after: int, timeout: float) -> bool:
-        """Whether the log has an event after `after`; waits up to `timeout` seconds for one, or until followers are closed."""
-        with self._joined(session_id) as channel:
-            try:
-                async with asyncio.timeout(timeout):
-                    while self._is_followed:
-                        seen = channel.count
-                        if not channel.is_end(after) and await self._store.last_seq(session_id) > after:
-                            return True
-                        await channel.moved(seen)
-            except TimeoutError:
-                pass
-        return False
-
     def close_followers(self) -> None:
-        """End every `follow` and `wait`, those to come included. Appending goes on."""
+        """End every `follow`, those to come included. Appending goes on."""
         self._is_followed = False
         for channel in self._channels.values():
             channel.wake()

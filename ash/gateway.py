@@ -37,7 +37,7 @@ NOTICE = (
 )
 CHOSEN_NOTICE = (
     "The offline demo model is chosen: answers come from the built-in model, not from a real one. "
-    "Start the server without `--model offline` to use a real one."
+    "Set ANTHROPIC_API_KEY and start the server without `--model offline` to use a real one."
 )
 MAX_BODY_BYTES = 64 * 1024 * 1024
 _MAX_CALLS_PER_SANDBOX = 32

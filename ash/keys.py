@@ -39,9 +39,9 @@ class Keys:
     async def bootstrap(self, data_dir: str) -> str | None:
         """See to it that whoever owns `data_dir` has a key or can find one. Returns the path of the file if one was written.
 
-        A first start makes a key and writes it to `initial-api-key`, from where the command line takes it into its config.json and
-        deletes the file. A later start makes another one only if the owner would be locked out: neither the file nor a
-        config.json in the same folder holds a key that is valid. With a key in the settings nothing is needed.
+        A first start makes a key and writes it to `initial-api-key`, from where the command line takes it into its config.json; it
+        deletes the file only if config.json is in the same folder. A later start makes another key only if the owner would be locked
+        out: neither the file nor a config.json in the same folder holds a key that is valid. With a key in the settings nothing is needed.
         """
         if self._static_hash is not None:
             return None

@@ -43,13 +43,11 @@ ASSISTANT_MESSAGE = "assistant.message"  # the SDK's assistant message
 TOOL_RESULT = "tool.result"  # {tool_use_id, tool_name, content, is_error}
 USER_MESSAGE = "user.message"  # the SDK's user message, which holds the tool results
 MODEL_RETRIED = "model.retried"  # the SDK's system message about a model call that is tried again
-PERMISSION_REQUESTED = "permission.requested"  # {requestId, toolName, input}
 USAGE_RECORDED = "usage.recorded"  # {model, input_tokens, output_tokens, …}
 RESULT_RECORDED = "result.recorded"  # the SDK's result message
 TURN_COMPLETED = "turn.completed"  # {numTurns, result}
 TURN_FAILED = "turn.failed"  # {error}
 TURN_ENDED = "turn.ended"  # {turnId, status: completed|interrupted|failed}; exactly one per turn, always its last
-SANDBOX_LOGGED = "sandbox.logged"  # {level, text}
 
 EVENT_TYPES = tuple(value for name, value in list(globals().items()) if name.isupper() and isinstance(value, str) and "." in value)
 
@@ -148,7 +146,8 @@ def dump(value: object) -> str:
 def expand(message: Json, *, streamed: bool) -> list[NewEvent]:
     """The log entries for one SDK message of the bridge: the derived ones first, in block order, then the message itself.
 
-    `streamed` says that this turn's partial messages were logged, so that a whole thinking block is not sent twice.
+    `streamed` says that this turn's partial messages were logged, so that a whole thinking block is not sent twice. The message
+    comes from the sandbox: any field of it may be missing or hold anything.
     """
     kind = message.get("type")
     if kind == "stream_event":
@@ -170,10 +169,14 @@ def _expand_delta(event: Any) -> list[NewEvent]:
     if not isinstance(delta, dict):
         return []
     if delta.get("type") == "text_delta":
-        return [NewEvent(TEXT_DELTA, {"delta": delta.get("text", "")})]
+        return [NewEvent(TEXT_DELTA, {"delta": _text(delta.get("text"))})]
     if delta.get("type") == "thinking_delta":
-        return [NewEvent(THINKING_DELTA, {"delta": delta.get("thinking", "")})]
+        return [NewEvent(THINKING_DELTA, {"delta": _text(delta.get("thinking"))})]
     return [NewEvent(BLOCK_DELTA, delta)]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _blocks(message: Json) -> list[Json]:
@@ -189,18 +192,19 @@ def _expand_blocks(message: Json, streamed: bool) -> list[NewEvent]:
         if kind == "tool_use":
             events.append(NewEvent(TOOL_USE, {key: block.get(key) for key in ("id", "name", "input")}))
         elif kind == "thinking":
-            events.append(NewEvent(ASSISTANT_THINKING, {"thinking": block.get("thinking", ""), "streamed": streamed}))
+            events.append(NewEvent(ASSISTANT_THINKING, {"thinking": _text(block.get("thinking")), "streamed": streamed}))
         elif kind != "text":
             events.append(NewEvent(ASSISTANT_BLOCK, block))
     return events
 
 
 def _expand_results(message: Json) -> list[NewEvent]:
-    names = message.get("tool_names") or {}
+    given = message.get("tool_names")
+    names = given if isinstance(given, dict) else {}
     return [
         NewEvent(TOOL_RESULT, {
-            "tool_use_id": block.get("tool_use_id"),
-            "tool_name": names.get(block.get("tool_use_id")),
+            "tool_use_id": (id := block.get("tool_use_id")),
+            "tool_name": names.get(id) if isinstance(id, str) else None,
             "content": block.get("content", ""),
             "is_error": bool(block.get("is_error")),
         })
@@ -211,7 +215,7 @@ def _expand_results(message: Json) -> list[NewEvent]:
 
 def message_text(message: Json) -> str:
     """The text blocks of an SDK assistant message, joined."""
-    return "".join(block.get("text", "") for block in _blocks(message) if block.get("type") == "text")
+    return "".join(_text(block.get("text")) for block in _blocks(message) if block.get("type") == "text")
 
 
 def rebuild_transcript(events: list[Event]) -> list[Json]:

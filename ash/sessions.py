@@ -35,9 +35,9 @@ _ENDED = (models.TURN_ENDED,)
 _PAGE = 1000
 _CHANGEABLE = ("allowedTools", "disallowedTools", "betas", "subagents", "initialAgent", "permissionMode", "systemPrompt")
 _NOT_ACTIVE = {
-    PAUSED: "Session is paused; resume it with POST /api/sessions/{id}/resume",
-    STOPPED: "Session is stopped; resume it with POST /api/sessions/{id}/resume",
-    ERROR: "Session is error; resume it with POST /api/sessions/{id}/resume",
+    PAUSED: "Session is paused; resume it first: `ash session resume {id}`, or POST …/resume",
+    STOPPED: "Session is stopped; resume it first: `ash session resume {id}`, or POST …/resume",
+    ERROR: "Session is error; resume it first: `ash session resume {id}`, or POST …/resume",
     STARTING: "Session is starting; try again in a moment",
     ENDED: "Session is ended; create a new one",
 }

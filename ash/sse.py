@@ -22,7 +22,12 @@ class Frame(NamedTuple):
 
 
 def encode(event: str, data: object, id: int | str | None = None) -> bytes:
-    """One frame; `event:` stands directly before `data:`, the order in which published clients read them."""
+    """One frame; `event:` stands directly before `data:`, the order in which published clients read them.
+
+    Raises ValueError for a name or an id that is not printable ASCII: it could end its line and begin a frame of its own.
+    """
+    if not all(text.isascii() and text.isprintable() for text in (event, str(id))):
+        raise ValueError(f"an event's name and id must be printable ASCII, got {event!r:.60} and {id!r:.60}")
     body = json.dumps(data, separators=(",", ":"))
     cursor = "" if id is None else f"id: {id}\n"
     return f"{cursor}event: {event}\ndata: {body}\n\n".encode("ascii")

@@ -322,7 +322,7 @@ class Store:
     async def fork_session(self, session: Session) -> None:
         """Create `session` with the finished turns of its parent's log, numbered anew; its deltas and usage are not copied."""
         skipped = (models.ASSISTANT_DELTA, models.TEXT_DELTA, models.THINKING_DELTA, models.BLOCK_DELTA,
-                   models.SESSION_STATUS_CHANGED, models.SANDBOX_LOGGED, models.USAGE_RECORDED)  # fmt: skip
+                   models.SESSION_STATUS_CHANGED, models.USAGE_RECORDED)  # fmt: skip
         copy = f"""
             INSERT INTO events (session_id, seq, type, data, created_at)
             SELECT ?, row_number() OVER (ORDER BY seq), type, data, created_at FROM events
@@ -448,6 +448,21 @@ class Store:
             JOIN events USING (session_id, seq) WHERE last.type = ?
         """
         return [(session_id, turn_id) for session_id, turn_id in await self._read(sql, models.TURN_STARTED)]
+
+    async def find_turn(self, session_id: str, until: int) -> tuple[int, str] | None:
+        """The number of the newest start of a turn up to event `until`, and the turn's id. Its content is not read: it may be large."""
+        sql = f"""
+            SELECT seq, json_extract(data, '$.turnId') FROM events
+            WHERE session_id = ? AND seq <= ? AND type = ? AND {_IN_TURNS} ORDER BY seq DESC LIMIT 1
+        """
+        rows = await self._read(sql, session_id, _bounded(until), models.TURN_STARTED)
+        return (rows[0][0], rows[0][1]) if rows else None
+
+    async def last_status(self, session_id: str) -> str | None:
+        """The status that the newest change in the log led to. Looked for from the log's end, as that is where an ended session has it."""
+        sql = "SELECT json_extract(data, '$.to') FROM events WHERE session_id = ? AND type = ? ORDER BY seq DESC LIMIT 1"
+        rows = await self._read(sql, session_id, models.SESSION_STATUS_CHANGED)
+        return str(rows[0][0]) if rows else None
 
     # API keys
 

@@ -65,7 +65,7 @@ def create_app(config: Config) -> web.Application:
 async def _open_parts(app: web.Application) -> AsyncIterator[None]:
     config, started = app[CONFIG], time.monotonic()
     # Sandboxes of a server that is root have uids of their own, which must be able to reach their folders in here.
-    await asyncio.to_thread(os.makedirs, config.data_dir, 0o711 if os.geteuid() == 0 else 0o700, exist_ok=True)
+    await asyncio.to_thread(_make_data_dir, config.data_dir)
     with _locked(config.data_dir):
         async with (
             Store(os.path.join(config.data_dir, "ash.db")) as store,
@@ -110,6 +110,16 @@ def _sandboxes(config: Config, gateway: Gateway) -> Sandboxes:
         on_open=gateway.open,
         on_close=gateway.close,
     )
+
+
+def _make_data_dir(path: str) -> None:
+    """Raises ConfigError for a folder that cannot be made or is not ours to write."""
+    try:
+        os.makedirs(path, 0o711 if os.geteuid() == 0 else 0o700, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the data folder {path} cannot be used: {error.strerror}; choose another with --data-dir") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(f"the data folder {path} cannot be written by this user; choose another with --data-dir")
 
 
 async def _end_turns(app: web.Application) -> None:
@@ -242,7 +252,8 @@ def _stop_on_signals() -> asyncio.Future[str]:
     def stop(name: str) -> None:
         for number in caught:
             loop.remove_signal_handler(number)
-        stopped.set_result(name)
+        if not stopped.done():  # two signals can be on their way at once
+            stopped.set_result(name)
 
     for number in caught:
         loop.add_signal_handler(number, stop, number.name)

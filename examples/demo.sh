@@ -24,7 +24,7 @@ clean_up() {
     rm -rf "$folder"
 }
 trap clean_up EXIT
-trap 'exit 130' INT TERM
+trap 'exit 130' HUP INT PIPE TERM
 
 # A home of its own, so that the demo neither sees nor changes which server your command line is linked to.
 export ASH_HOME="$folder/client"
@@ -44,4 +44,4 @@ grep -q Linux "$folder/answer" || {
     exit 1
 }
 printf '\nThe last answer came from a tool that ran inside the sandbox of that session.\n'
-printf 'Next: export ANTHROPIC_API_KEY=…; python ash.pyz start; see README.md.\n'
+printf 'Next: export ANTHROPIC_API_KEY=…, then: python3 dist/ash.pyz start. See README.md.\n'

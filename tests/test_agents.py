@@ -383,3 +383,9 @@ async def test_a_huge_settings_file_is_refused(agents: Agents, monkeypatch: pyte
     monkeypatch.setattr(module, "_MAX_CONFIG_BYTES", 10)
     with pytest.raises(PayloadTooLarge, match=r"settings\.json is larger"):
         await deploy(agents, PROMPT, (SETTINGS, b'{"a": "aaaaaaaa"}'))
+
+
+async def test_parts_of_a_folder_that_nothing_reads_yet_are_named(agents: Agents) -> None:
+    files = [("CLAUDE.md", b"x"), (".claude/skills/pdf/SKILL.md", b"---\nname: pdf\n---\n"), ("install.sh", b"true\n")]
+    agent = await agents.deploy("default", "skilled", files=files, path=None, system_prompt=None, env=None, config=None)
+    assert agent.config["ignored"] == [".claude/skills/", "install.sh"]

@@ -39,7 +39,7 @@ from ash.remote import calls, cursor
 from ash.remote.folder import Upload, scan
 from ash.remote.http1 import BrokenResponse, ResponseParser, request_head
 from tests.cli.stub_server import HELLO, StubServer, assistant, delta, result, stub_server, turn
-from tests.harness import eventually
+from tests.harness import Server, eventually
 
 
 @pytest.fixture
@@ -399,6 +399,53 @@ def test_following_a_session_ends_when_it_has_ended(client: AshClient, stub: Stu
     stub.cuts = [3]
     with client.follow(session.id, after=1) as stream:
         assert [event.id for event in stream] == list(range(2, 2 * len(HELLO) + 1))
+
+
+@pytest.mark.parametrize("after", [5, 0])
+def test_following_a_session_with_nothing_to_come_is_over_at_once(client: AshClient, stub: StubServer, after: int) -> None:
+    session = client.create_session("my-agent")
+    if after:
+        client.send_message(session.id, "Hi")
+    client.end_session(session.id)
+    stream = client.follow(session.id, after)
+    assert list(stream) == []
+    assert (stream.reconnects, stream.last_event_id) == (0, after)
+
+
+def test_a_session_that_ends_while_its_stream_is_away_is_over_at_the_return(client: AshClient, stub: StubServer) -> None:
+    session = client.create_session("my-agent")
+    client.send_message(session.id, "Hi")
+    stream = client.follow(session.id)
+    assert [next(stream).id for _ in range(5)] == [1, 2, 3, 4, 5]
+    client.end_session(session.id)
+    assert list(stream) == []
+
+
+async def test_both_clients_stop_following_a_real_server_where_nothing_comes(server: Server) -> None:
+    aclient, client, id = AsyncAshClient(server.url), AshClient(server.url), await server.session()
+    await aclient.send_message(id, "Hi")
+    await aclient.end_session(id)
+    events = [event async for event in aclient.follow(id)]
+    last = events[-1].id
+    assert last is not None
+    async with asyncio.timeout(5):
+        assert [event async for event in aclient.follow(id, last)] == []
+        assert await asyncio.to_thread(lambda: list(client.follow(id, last))) == []
+
+
+def test_a_turn_without_an_end_is_over_where_nothing_follows_and_is_no_result(client: AshClient, stub: StubServer) -> None:
+    stub.script = LONG[:-1]
+    session = client.create_session("my-agent")
+    assert len(list(client.send_message_stream(session.id, "Hi"))) == len(LONG) - 1
+    with pytest.raises(TurnFailed, match="before the turn did"):
+        client.send_message(session.id, "Hi")
+
+
+async def test_an_async_turn_without_an_end_is_over_where_nothing_follows(client: AshClient, stub: StubServer) -> None:
+    stub.script = LONG[:-1]
+    aclient = AsyncAshClient(stub.url)
+    session = await aclient.create_session("my-agent")
+    assert len([event async for event in aclient.send_message_stream(session.id, "Hi")]) == len(LONG) - 1
 
 
 def test_closing_a_stream_from_another_thread_ends_its_loop(client: AshClient, stub: StubServer) -> None:

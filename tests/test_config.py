@@ -24,6 +24,7 @@ def test_a_flag_wins_over_the_variable_and_that_over_the_default() -> None:
         ({}, {"ASH_PROT": "1"}, "unknown variable ASH_PROT"),
         ({}, {"ASH_PORT": "many"}, "ASH_PORT='many': must be a whole number"),
         ({"port": -1}, {}, "--port='-1': must be at least 0"),
+        ({"port": 65536}, {}, "--port='65536': must be at most 65535"),
         ({"idle_timeout": "nan"}, {}, "at least"),
         ({"sandbox": "docker"}, {}, "must be one of bwrap, none"),
         ({}, {"CLAUDE_CODE_USE_BEDROCK": "perhaps"}, "must be one of 1, true"),

@@ -228,27 +228,14 @@ async def test_many_followers_of_one_session_cost_no_reads_while_they_keep_up(db
 
 async def test_closing_the_followers_ends_them_and_those_to_come(log: EventLog, ids: list[str]) -> None:
     events = log.follow(ids[0], 0)
-    waiting = asyncio.ensure_future(log.wait(ids[0], 5, 60))
     await log.append(ids[0], [delta("a")])
     assert texts(await anext(events)) == ["a"]
     following = asyncio.ensure_future(take(events, 99))
     await asyncio.sleep(0)
     log.close_followers()
     assert await following == []
-    assert await waiting is False
     assert await take(log.follow(ids[0], 0), 99) == []
     assert [event.seq for event in await log.append(ids[0], [delta("b")])] == [2]
-
-
-async def test_waiting_ends_with_an_event_or_with_the_time(log: EventLog, ids: list[str]) -> None:
-    assert await log.wait(ids[0], 0, 0.01) is False
-    waiting = asyncio.ensure_future(log.wait(ids[0], 1, 5))
-    for _ in range(2):
-        await log.append(ids[0], [delta("a")])
-    assert await waiting is True
-    assert await log.wait(ids[0], 1, 0.5) is True
-    assert await log.wait(ids[0], 2, 0.01) is False
-    assert log._channels == {}
 
 
 async def test_a_follower_that_is_cancelled_leaves_nothing_behind(log: EventLog, ids: list[str]) -> None:

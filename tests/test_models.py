@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
+import json
+import re
 import uuid
+from typing import Any
 
-from ash import dialect, models
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ash import dialect, models, sse
 from ash.models import Event, Json
 
 SESSION = str(uuid.UUID(int=1))
 CALL: Json = {"type": "tool_use", "id": "t1", "name": "Bash", "input": {"command": "ls"}}
 RESULT: Json = {"type": "tool_result", "tool_use_id": "t1", "content": "a.txt", "is_error": False}
+
+FORGED = "x\n\nid: 999999\nevent: done\ndata: {}\n\n"
+
+# Any JSON, made mostly of the words that the product looks for, in places where they do not belong.
+_KEYS = ("type", "subtype", "message", "content", "event", "delta", "text", "thinking", "tool_names", "tool_use_id", "id", "name",
+         "input", "is_error", "streamed", "turnId", "role", "stop_reason", "tool_name", "t1")  # fmt: skip
+_WORDS = ("assistant", "user", "stream_event", "result", "system", "init", "text", "tool_use", "tool_result", "thinking", "text_delta",
+          "thinking_delta", "content_block_delta", "done", "message", "session_end", "t1", "é", FORGED)  # fmt: skip
+_KEY = st.sampled_from(_KEYS) | st.text(max_size=3)
+_LEAF = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from(_WORDS) | st.text()
+_ANY: st.SearchStrategy[Any] = st.recursive(
+    _LEAF, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_KEY, inner, max_size=6), max_leaves=20
+)
+_OBJECT = st.dictionaries(_KEY, _ANY, max_size=8)
+_BLOCK = st.fixed_dictionaries({"type": st.sampled_from(_WORDS)}, optional={key: _ANY for key in _KEYS if key != "type"})
+_MESSAGE = st.fixed_dictionaries(
+    {"type": st.sampled_from(_WORDS)},
+    optional={
+        "message": st.fixed_dictionaries({"content": st.lists(_BLOCK, max_size=4)}) | _ANY,
+        "event": st.fixed_dictionaries({"type": st.just("content_block_delta"), "delta": _BLOCK}) | _ANY,
+        "tool_names": _ANY,
+        "subtype": _ANY,
+    },
+)
 
 
 def assistant(*blocks: Json) -> Json:
@@ -54,11 +85,52 @@ def test_deltas_get_a_frame_of_their_own_kind() -> None:
     assert frames({"type": "stream_event", "event": {"type": "message_stop"}}) == ["message"]
 
 
-def test_hostile_messages_do_not_break_the_expansion() -> None:
-    for message in ({}, {"type": "assistant"}, {"type": "assistant", "message": []}, {"type": "user", "message": {"content": 3}}):
-        models.expand(message, streamed=False)
-    models.expand({"type": "stream_event", "event": "x"}, streamed=True)
-    models.expand({"type": "assistant", "message": {"content": [None, 1, {"type": None}]}}, streamed=True)
+def check_wire(event: Event) -> None:
+    """Every way in which an event can be shown gives what readers can read."""
+    frame = dialect.frame(event)
+    if frame is not None:
+        assert re.fullmatch("[a-z][a-z0-9_]{0,63}", frame[0])
+        assert isinstance(frame[1], dict)
+        assert list(sse.Decoder().feed(sse.encode(*frame, id=event.seq))) == [(*frame, str(event.seq))]
+    if event.type in dialect.timeline_sources(None):
+        assert isinstance(json.loads(dialect.timeline(event, "default")["data"]), dict)
+    if event.type in dialect.MESSAGE_TYPES:
+        assert isinstance(json.loads(dialect.message(event, "default", 1)["content"]), dict)
+
+
+@given(message=_MESSAGE | _OBJECT, streamed=st.booleans())
+def test_whatever_a_sandbox_says_becomes_events_that_can_be_shown(message: Json, streamed: bool) -> None:
+    events = logged(*models.expand(message, streamed=streamed))
+    assert all(event.type in models.EVENT_TYPES and isinstance(event.data, dict) for event in events)
+    for event in events:
+        check_wire(event)
+    assert all(set(said) == {"role", "content"} for said in models.rebuild_transcript(events))
+
+
+@given(type=st.sampled_from(models.EVENT_TYPES), data=_OBJECT | _BLOCK)
+def test_whatever_an_event_holds_it_can_be_shown(type: str, data: Json) -> None:
+    check_wire(Event(SESSION, 1, type, data, models.now()))
+
+
+@pytest.mark.parametrize("name", [
+    FORGED, "done", "error", "message", "session_end", "resync", "text_delta", "é", "", "Upper", "9", "a b", "a\n", "a" * 65, 5, None, [1],
+])  # fmt: skip
+def test_a_block_cannot_forge_a_frame(name: Any) -> None:
+    block = {"type": name, "data": 1}
+    assert frames(assistant(block)) == ["block", "message"]
+    assert [dialect.frame(event) for event in logged((models.BLOCK_DELTA, block))] == [("block", block)]
+
+
+def test_results_with_unusable_names_and_ids_are_kept_without_a_name() -> None:
+    result = {**RESULT, "tool_use_id": ["t1"]}
+    for names in (["x"], "x", 5, None, {"t1": "Bash"}):
+        [entry, _] = models.expand({**user(result), "tool_names": names}, streamed=False)
+        assert (entry.data["tool_use_id"], entry.data["tool_name"]) == (["t1"], None)
+
+
+def test_text_that_is_none_is_shown_as_nothing() -> None:
+    [event] = logged(*models.expand(assistant({"type": "text", "text": 5}, {"type": "text", "text": "a"}), streamed=False))
+    assert json.loads(dialect.timeline(event, "default")["data"]) == {"text": "a"}
 
 
 def test_the_conversation_is_rebuilt_from_the_log() -> None:

@@ -30,6 +30,13 @@ def test_data_stands_directly_behind_its_event() -> None:
     assert sse.encode("done", {"a": 1}, id=7) == b'id: 7\nevent: done\ndata: {"a":1}\n\n'
 
 
+@pytest.mark.parametrize("bad", ["x\n\nid: 9\nevent: done", "x\r", "é", "x\x00", "\u2028"])
+def test_a_name_or_id_that_could_end_its_line_is_refused(bad: str) -> None:
+    for name, id in ((bad, 1), ("message", bad)):
+        with pytest.raises(ValueError, match="printable ASCII"):
+            sse.encode(name, {}, id)
+
+
 def test_other_senders_line_endings_and_several_data_lines_are_read() -> None:
     frames = list(sse.Decoder().feed(b"event: x\r\ndata: [1,\r\ndata: 2]\r\n\r\n:note\n\ndata: plain\n\n"))
     assert [(frame.event, frame.data) for frame in frames] == [("x", [1, 2]), ("message", "plain")]

@@ -31,7 +31,7 @@ make_venv() {
     if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
         install_package "python$version-venv" "the venv module of Python $version"
     fi
-    echo "setup: virtual environment in $1 with locked packages"
+    echo "setup: virtual environment in $1 with locked packages (about a minute, once)"
     "$python" -m venv --clear "$1"
     "$1/bin/python" -m pip install -qq --no-input --disable-pip-version-check --require-hashes --only-binary=:all: -r requirements-dev.lock
 }

@@ -27,7 +27,7 @@ def install_command(os_release: str, *, is_root: bool) -> str:
     command = next((_INSTALL[name.strip("\"'")] for name in names if name.strip("\"'") in _INSTALL), None)
     if command is None:
         return "install the package `bubblewrap` with this system's package manager"
-    return f"run: {command if is_root else 'sudo ' + command}"
+    return f"run `{command if is_root else 'sudo ' + command}`"
 
 
 def explain_missing() -> str:
@@ -37,7 +37,7 @@ def explain_missing() -> str:
 
 def explain_failure(output: str) -> str:
     """Why bubblewrap does not work here: the kernel setting that forbids it where one is found, and what it said."""
-    said = " ".join(output.split())[-400:] or "it gave no reason"
+    said = " ".join(output.split())[-400:].rstrip(".") or "it gave no reason"
     cause = "bubblewrap 0.8 or newer is needed." if "Unknown option" in said else find_cause()
     return f"Agents cannot be isolated: bubblewrap does not work here ({said}). {cause} {_INSIST}"
 
@@ -45,15 +45,15 @@ def explain_failure(output: str) -> str:
 def find_cause() -> str:
     sudo = "" if os.geteuid() == 0 else "sudo "
     if _read("/proc/sys/kernel/apparmor_restrict_unprivileged_userns").strip() == "1":
-        return f"AppArmor restricts user namespaces; run: {sudo}sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"
+        return f"AppArmor restricts user namespaces; run `{sudo}sysctl -w kernel.apparmor_restrict_unprivileged_userns=0`."
     if _read("/proc/sys/kernel/unprivileged_userns_clone").strip() == "0":
-        return f"The kernel refuses user namespaces to ordinary users; run: {sudo}sysctl -w kernel.unprivileged_userns_clone=1"
+        return f"The kernel refuses user namespaces to ordinary users; run `{sudo}sysctl -w kernel.unprivileged_userns_clone=1`."
     if _read("/proc/sys/user/max_user_namespaces").strip() == "0":
-        return f"The kernel allows no user namespaces; run: {sudo}sysctl -w user.max_user_namespaces=15000"
+        return f"The kernel allows no user namespaces; run `{sudo}sysctl -w user.max_user_namespaces=15000`."
     if os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv"):
         options = " ".join(f"--security-opt {name}=unconfined" for name in ("seccomp", "apparmor", "systempaths"))
-        return f"In a container, start the container with: {options} --cap-add SYS_ADMIN"
-    return "Check that user namespaces work: run `unshare --user --map-root-user true`"
+        return f"In a container, start it with `{options} --cap-add SYS_ADMIN`."
+    return "Check that user namespaces work: run `unshare --user --map-root-user true`."
 
 
 def _read(path: str) -> str:

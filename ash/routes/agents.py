@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import web
 
 from ash import dialect
-from ash.auth import is_direct
+from ash.auth import GUARD
 from ash.errors import Forbidden, InvalidRequest
 from ash.models import Json
 from ash.routes import fields
@@ -32,8 +32,11 @@ async def deploy(request: web.Request) -> web.Response:
     here = parts(request)
     body = fields.parse(await read_json(request, here.config.max_body_mb * MIB), _DEPLOY, required=("name",))
     path, encoded = body.get("path"), body.get("files")
-    if path is not None and not is_direct(request):
-        raise Forbidden("A `path` names a folder on the server's own machine and is only taken from there; send the files instead")
+    if path is not None and not request.app[GUARD].is_direct(request):
+        raise Forbidden(
+            "A `path` names a folder that the server reads with its own rights, so it is only taken from the server's own user or root, "
+            "on its machine and without a proxy; send the files instead"
+        )
     files = None if encoded is None else await asyncio.to_thread(_decode, encoded)
     agent = await here.agents.deploy(
         tenant(request), body["name"], files=files, path=path,

@@ -39,6 +39,13 @@ def error_answer(status: int, code: str, message: str, hint: str = "") -> web.Re
     return answer
 
 
+def log_failure(what: str) -> str:
+    """Log the exception that is being handled, with its traceback. Returns what may be said about it."""
+    id = uuid.uuid4().hex[:12]
+    log.exception("%s failed, id %s", what, id)
+    return f"Internal error {id}; the server's log says more under this id"
+
+
 @web.middleware
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
@@ -49,10 +56,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return error_answer(error.status, error.code, error.message, error.hint)
     except web.HTTPException as error:
         return _http_answer(request, error)
-    except Exception:  # the request's edge: whatever it was, its caller gets an answer and the log the details
-        id = uuid.uuid4().hex[:12]
-        log.exception("%s %s failed, id %s", request.method, request.path, id)
-        return error_answer(500, "internal_error", f"Internal error {id}; the server's log says more under this id")
+    except Exception:  # noqa: BLE001 - the request's edge: whatever it was, its caller gets an answer and the log the details
+        return error_answer(500, "internal_error", log_failure(f"{request.method} {request.path}"))
 
 
 def _http_answer(request: web.Request, error: web.HTTPException) -> web.StreamResponse:

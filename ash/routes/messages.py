@@ -19,6 +19,7 @@ from ash.routes.streams import SessionStream, TurnStream
 
 MESSAGE_BODY = 50 * MIB
 _MAX_CONTENT, _MAX_BLOCKS = 500_000, 20
+_LATE_ENDS = 100
 _BLOCK_TYPES = ("text", "image", "document")
 _SHOWN_BY_OTHERS = ("mcp_status",)  # a timeline type that clients may ask for and that has no rows here
 
@@ -72,26 +73,28 @@ async def send(request: web.Request) -> web.StreamResponse:
     turn = await here.sessions.send(tenant(request), id, content, options)
     # The turn's first event as it is in the log, but for its content, which may be tens of megabytes and is not shown.
     started = Event(id, turn.first_seq, models.TURN_STARTED, {"turnId": turn.id, "version": __version__}, "")
-    return await TurnStream(request, here, id, after=turn.first_seq - 1).run(first=started)
+    return await TurnStream(request, here, id, turn.first_seq - 1, turn.id).run(first=started)
 
 
 async def _rejoin(request: web.Request, here: Parts, id: str, cursor: int) -> web.StreamResponse:
     await here.sessions.get(tenant(request), id)
     await _check_cursor(here, id, cursor)
-    if not await _has_more(here, id, cursor):
+    turn_id = await _find_turn(here, id, cursor)
+    if turn_id is None:
         return web.Response(status=204)
-    return await TurnStream(request, here, id, after=cursor).run()
+    return await TurnStream(request, here, id, cursor, turn_id).run()
 
 
-async def _has_more(here: Parts, id: str, cursor: int) -> bool:
-    """Whether the turn that holds event `cursor` has events after it, now or later."""
-    at = await here.log.read(id, after=cursor - 1, limit=1) if cursor else []
-    if at and at[0].type == models.TURN_ENDED:
-        return False
-    following = await here.log.read(id, after=cursor, limit=1, types=(models.TURN_STARTED, models.TURN_ENDED))
-    if following:
-        return following[0].type == models.TURN_ENDED or not cursor
-    return any(session_id == id for session_id, _ in await here.store.open_turns())
+async def _find_turn(here: Parts, id: str, cursor: int) -> str | None:
+    """The id of the turn that holds event `cursor`, or of the first one for 0; None when its end is not after `cursor`."""
+    first = [] if cursor else await here.log.read(id, limit=1, types=(models.TURN_STARTED,))
+    found = await here.store.find_turn(id, first[0].seq if first else cursor)
+    if found is None:
+        return None
+    start, turn_id = found
+    # Beside its own end there are only those of earlier turns that were recorded late.
+    ends = await here.log.read(id, after=start, limit=_LATE_ENDS, types=(models.TURN_ENDED,))
+    return None if any(end.seq <= cursor and end.data.get("turnId") == turn_id for end in ends) else turn_id
 
 
 async def _check_cursor(here: Parts, id: str, cursor: int) -> None:
@@ -112,7 +115,8 @@ async def follow(request: web.Request) -> web.StreamResponse:
     cursor = _last_event_id(request)
     after = cursor if cursor is not None else query(request, _STREAM).get("after", 0)
     await _check_cursor(here, id, after)
-    is_live = session.status != ENDED
+    # The status changes before a turn that is still running has ended; the session's last events are in the log only later.
+    is_live = session.status != ENDED or await here.store.last_status(id) != ENDED
     if not is_live and not await here.log.read(id, after=after, limit=1):
         return web.Response(status=204)  # the one answer after which a browser's EventSource does not come back
     return await SessionStream(request, here, id, after=after).run(is_live=is_live)

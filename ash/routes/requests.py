@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from aiohttp import web
@@ -17,6 +19,10 @@ MIB = 1024 * 1024
 SMALL_BODY = 8 * MIB
 """Enough for the longest system prompt, however it is escaped."""
 
+MAX_VALUES = 2_000_000
+"""A body may be large because of its strings. Objects in memory take many times their text, so their number has a limit of its own."""
+
+_PIECE = MIB
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -36,10 +42,16 @@ def query(request: web.Request, table: fields.Table) -> dict[str, Any]:
 async def read_json(request: web.Request, limit: int = SMALL_BODY) -> Any:
     """The body as JSON, whatever its content type says; an empty body is an empty object."""
     body = await _read(request, limit)
-    if not body.strip():
+    # A parse holds the interpreter even in a thread of its own; that this is never for long is what MAX_VALUES is for.
+    return await asyncio.to_thread(_parse, body) if len(body) > MIB else _parse(body)
+
+
+def _parse(body: bytes) -> Any:
+    if not body or body.isspace():
         return {}
+    _check_count(body)
     try:
-        value = json.loads(body, parse_constant=_refuse_constant, parse_float=_parse_float)
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_parse_float)
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"The body is not UTF-8: {error.reason} at byte {error.start}") from error
     except RecursionError as error:
@@ -49,6 +61,25 @@ async def read_json(request: web.Request, limit: int = SMALL_BODY) -> Any:
     if _SURROGATE_ESCAPE.search(body):
         _check_text(value)
     return value
+
+
+def _check_count(body: bytes) -> None:
+    count = 0
+    for piece in _outside_strings(body):
+        count += sum(piece.count(mark) for mark in b"[{,")  # each value but the first comes behind one of them
+        if count > MAX_VALUES:
+            raise PayloadTooLarge(f"The request body is too large: it holds more than {MAX_VALUES:,} values")
+
+
+def _outside_strings(body: bytes) -> Iterator[bytes]:
+    """The JSON text without its strings, piece by piece: every call in here is short, so that other threads get their turn."""
+    is_inside, cut_escape = False, b""
+    for start in range(0, len(body), _PIECE):
+        plain = (cut_escape + body[start : start + _PIECE]).replace(b"\\\\", b"").replace(b'\\"', b"")
+        cut_escape = b"\\" if plain.endswith(b"\\") else b""
+        parts = plain.split(b'"')
+        yield b"".join(parts[is_inside::2])
+        is_inside ^= len(parts) % 2 == 0
 
 
 async def _read(request: web.Request, limit: int) -> bytes:

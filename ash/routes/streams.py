@@ -16,6 +16,7 @@ from aiohttp import web
 from ash import dialect, models, sse
 from ash.errors import AshError
 from ash.models import Event
+from ash.routes.answers import log_failure
 from ash.routes.parts import Parts
 
 log = logging.getLogger(__name__)
@@ -52,15 +53,14 @@ class EventStream:
         """
         try:
             await self._response.prepare(self._request)
-            if first is not None:
-                await self._send([first])
-            await self._send_all(is_live)
+            await self._send_all([first] if first is not None else [], is_live)
         except ConnectionError:
             log.debug("session %s: a client left its stream after event %d", self._id, self._after)
         return self._response
 
-    async def _send_all(self, is_live: bool) -> None:
+    async def _send_all(self, first: Sequence[Event], is_live: bool) -> None:
         try:
+            await self._send(first)
             while is_live and await self._follow():
                 await self._write(sse.KEEPALIVE)
             while not self._is_done and (events := await self._log.read(self._id, after=self._after)):
@@ -68,6 +68,10 @@ class EventStream:
         except AshError as error:
             log.error("session %s: a stream had to end after event %d: %s", self._id, self._after, error)
             await self._write(self.farewell(error.message))
+        except ConnectionError:
+            raise
+        except Exception:  # noqa: BLE001 - the request's edge: after the headers nobody else can tell the client, who would wait for ever
+            await self._write(self.farewell(log_failure(f"session {self._id}: its stream after event {self._after}")))
         else:
             if is_live and not self._is_done:
                 await self._write(self.farewell("The server is stopping; continue later with Last-Event-ID"))
@@ -110,10 +114,26 @@ class EventStream:
 
 
 class TurnStream(EventStream):
-    """The stream of one turn. It ends with exactly one `done`."""
+    """The stream of one turn, which ends with exactly one `done`. The end of another turn, recorded late, is not part of it."""
+
+    def __init__(self, request: web.Request, parts: Parts, session_id: str, after: int, turn_id: str) -> None:
+        super().__init__(request, parts, session_id, after)
+        self._turn_id = turn_id
+
+    def encode(self, event: Event) -> bytes:
+        if self._has_lost_its_end(event):
+            return self.farewell("The end of this turn is not in the log; the session has gone on with another one")
+        return b"" if event.type == models.TURN_ENDED and not self._is_own(event) else super().encode(event)
 
     def is_last(self, event: Event) -> bool:
-        return event.type == models.TURN_ENDED
+        return self._has_lost_its_end(event) or (event.type == models.TURN_ENDED and self._is_own(event))
+
+    def _has_lost_its_end(self, event: Event) -> bool:
+        """Whether another turn begins while this one has not ended: in a log where its end is missing, or comes too late."""
+        return event.type == models.TURN_STARTED and not self._is_own(event)
+
+    def _is_own(self, event: Event) -> bool:
+        return event.data.get("turnId") == self._turn_id
 
     def farewell(self, error: str) -> bytes:
         return super().farewell(error) + sse.encode("done", {"sessionId": self._id})

@@ -228,11 +228,20 @@ class Handler(BaseHTTPRequestHandler):
             log += [(name, {**data, "content": body["content"]} if name == "session_start" else data) for name, data in self.server.script]
         else:
             start = int(after)
+            if cut is None and start >= len(self.server.logs[id]):
+                return self.answer_nothing()
         return self.play(id, start, cut, ends_with_turn=True)
 
     def get_sessions_stream(self, id: str, _body: Json) -> None:
         cut = self.server.cuts.pop(0) if self.server.cuts else None
-        self.play(id, int(self.query.get("after", 0)), cut, ends_with_turn=False)
+        after = int(self.query.get("after", 0))
+        if cut is None and after >= len(self.server.logs[id]) and self.server.sessions[id]["status"] == "ended":
+            return self.answer_nothing()
+        return self.play(id, after, cut, ends_with_turn=False)
+
+    def answer_nothing(self) -> None:
+        self.send_response(204)
+        self.end_headers()
 
     def play(self, id: str, start: int, cut: int | str | None, *, ends_with_turn: bool) -> None:
         if cut == -1:

@@ -44,7 +44,8 @@ def test_client_commands_load_neither_server_nor_asyncio(arguments: list[str]) -
 @pytest.mark.parametrize(
     "arguments",
     [[], ["nonsense"], ["session"], ["session", "nonsense"], ["session", "get"], ["deploy"], ["deploy", "x", "--nope"], ["chat"],
-     ["deploy", "x", "-e", "novalue"], ["start", "--port", "many"], ["start", "--auth", "never"]],
+     ["deploy", "x", "-e", "novalue"], ["start", "--port", "many"], ["start", "--auth", "never"], ["start", "--port", "70000"],
+     ["offline-model", "--port", "70000"], ["offline-model", "--host", "bad..host"]],
 )  # fmt: skip
 def test_wrong_usage_exits_2_and_says_so_on_stderr(call: Ash, arguments: list[str]) -> None:
     done = call(*arguments)

@@ -17,6 +17,13 @@ def where(server: str | None = None, api_key: str | None = None) -> profile.Addr
     return profile.address(argparse.Namespace(server=server, api_key=api_key))
 
 
+@pytest.fixture
+def local(stub: StubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> StubServer:
+    """The stub, as the server of this machine."""
+    monkeypatch.setattr(profile, "DEFAULT_URL", stub.url)
+    return stub
+
+
 def test_the_address_comes_from_flag_variable_config_default(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert where()[:2] == ("http://localhost:4100", "default")
     profile.link("http://config", None)
@@ -68,26 +75,40 @@ def test_a_link_to_a_server_that_is_down_is_stored_with_a_warning(call: Ash, hom
 
 
 @pytest.mark.parametrize(
-    ("stored", "url", "expected"),
+    ("stored", "expected"),
     [
-        ({}, "http://127.0.0.1:4100", {"api_key": "new"}),
-        ({"api_key": "old"}, "http://127.0.0.1:4100", {"api_key": "new"}),
-        ({"server_url": "http://localhost:5000"}, "http://127.0.0.1:5000", {"server_url": "http://localhost:5000", "api_key": "new"}),
-        (
-            {"server_url": "http://far", "api_key": "far"},
-            "http://127.0.0.1:4100",
-            {"server_url": "http://far", "api_key": "far", "local_api_key": "new"},
-        ),
+        ({}, {"api_key": "new"}),
+        ({"api_key": "refused"}, {"api_key": "new"}),
+        ({"server_url": "LOCAL"}, {"server_url": "LOCAL", "api_key": "new"}),
+        ({"server_url": "http://far", "api_key": "far"}, {"server_url": "http://far", "api_key": "far", "local_api_key": "new"}),
     ],
 )
-def test_the_first_key_of_a_server_moves_into_the_config(
-    home: Path, tmp_path: Path, stored: dict[str, str], url: str, expected: dict[str, str]
+def test_the_first_key_of_a_server_gets_into_the_config(
+    local: StubServer, tmp_path: Path, stored: dict[str, str], expected: dict[str, str]
 ) -> None:
     (tmp_path / "initial-api-key").write_text("new\n")
-    profile.save(stored)
-    assert profile.adopt_key(str(tmp_path), url) is True
-    assert profile.load() == expected
-    assert not (tmp_path / "initial-api-key").exists()
+    local.key = "new"
+    profile.save({name: value.replace("LOCAL", local.url) for name, value in stored.items()})
+    assert profile.adopt_key(str(tmp_path), local.url) is True
+    assert profile.load() == {name: value.replace("LOCAL", local.url) for name, value in expected.items()}
+    assert profile.adopt_key(str(tmp_path), local.url) is False
+    assert (tmp_path / "initial-api-key").exists(), "this server looks for its owner's key here alone"
+
+
+def test_in_the_folder_of_the_config_the_key_exists_once(local: StubServer, home: Path) -> None:
+    home.mkdir()
+    (home / "initial-api-key").write_text("new\n")
+    assert profile.adopt_key(str(home), local.url) is True
+    assert profile.load() == {"api_key": "new"}
+    assert [path.name for path in home.iterdir()] == ["config.json"]
+
+
+def test_a_key_that_somebody_chose_and_the_server_takes_is_not_replaced(local: StubServer, tmp_path: Path) -> None:
+    (tmp_path / "initial-api-key").write_text("new\n")
+    local.key = "chosen"
+    profile.save({"api_key": "chosen"})
+    assert profile.adopt_key(str(tmp_path), local.url) is False
+    assert profile.load() == {"api_key": "chosen"}
 
 
 def test_the_key_of_a_server_that_is_not_talked_to_stays_where_it_is(home: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ash.cli import local
+from ash.client import AshClient
 from tests.cli.conftest import command, environment, run
 
 SETTINGS = {"ASH_SANDBOX": "none", "ASH_MODEL": "offline", "ASH_WARM_SANDBOXES": "0"}
@@ -74,10 +75,24 @@ def test_the_first_key_is_taken_and_is_in_no_log(tmp_path: Path, data_dir: Path)
     started = run("start", "-d", "--port", port, "--auth", "always", env=env(tmp_path))
     assert started.code == 0, started.err
     key = json.loads((home / "config.json").read_text())["api_key"]
-    assert not (data_dir / "initial-api-key").exists()
+    assert (data_dir / "initial-api-key").read_text() == key, "config.json is in another folder, where the server does not look"
     assert key not in started.out + started.err + (data_dir / "server.log").read_text()
     assert run("agent", "list", env=env(tmp_path)).out.strip() == "[]"
     assert run("agent", "list", "--api-key", "wrong", env=env(tmp_path)).code == 1
+
+
+@pytest.mark.parametrize("home", ["home", "data"])
+def test_starts_on_the_same_data_folder_make_one_key(tmp_path: Path, data_dir: Path, home: str) -> None:
+    (tmp_path / home).mkdir()
+    port = str(free_port())
+    (tmp_path / home / "config.json").write_text(json.dumps({"server_url": f"http://127.0.0.1:{port}"}))
+    settings = {**env(tmp_path), "ASH_HOME": str(tmp_path / home)}
+    for _ in range(3):
+        assert run("start", "-d", "--port", port, "--auth", "always", env=settings).code == 0
+        key = json.loads((tmp_path / home / "config.json").read_text())["api_key"]
+        assert [made.label for made in AshClient(f"http://127.0.0.1:{port}", key).list_api_keys()] == ["auto-generated"]
+        assert run("stop", env=settings).code == 0
+    assert (data_dir / "initial-api-key").exists() == (home == "home")
 
 
 def test_a_server_that_cannot_start_shows_why(tmp_path: Path, data_dir: Path) -> None:
@@ -90,6 +105,12 @@ def test_a_server_that_cannot_start_shows_why(tmp_path: Path, data_dir: Path) ->
     assert port in done.err
     assert "server.log" in done.err
     assert local.find(str(data_dir)) is None
+
+
+def test_a_host_that_is_no_name_is_said_so(tmp_path: Path) -> None:
+    done = run("start", "--host", "bad..host", env=env(tmp_path))
+    assert (done.code, done.out, "Traceback" in done.err) == (2, "", False)
+    assert "cannot listen on bad..host" in done.err
 
 
 def test_a_secret_flag_does_not_reach_the_arguments_of_the_server(tmp_path: Path, data_dir: Path) -> None:
@@ -178,6 +199,38 @@ def test_a_given_data_folder_is_kept(tmp_path: Path, agent_folder: Path, data_di
     assert again.code == 0, again.err
 
 
+def test_a_session_kept_on_a_data_folder_is_continued_there(tmp_path: Path, agent_folder: Path, data_dir: Path) -> None:
+    first = run("chat", "--data-dir", str(data_dir), "--keep", str(agent_folder), "My name is Ada.", env=embedded(tmp_path))
+    id = first.err.rpartition("Session: ")[2].strip()
+    again = run("chat", "--session", id, "--data-dir", str(data_dir), "What is my name?", env=embedded(tmp_path))
+    assert (again.code, "Ada" in again.out) == (0, True), again.err
+    assert local.find(str(data_dir)) is None
+
+
+def test_a_session_is_not_looked_for_in_a_folder_without_any(tmp_path: Path) -> None:
+    done = run("chat", "--session", "x", "--data-dir", str(tmp_path / "typo"), "Hi", env=embedded(tmp_path))
+    assert (done.code, "is not the data folder of a server" in done.err) == (2, True)
+    assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.usefixtures("no_server_on_4100")
+def test_a_session_is_not_kept_on_a_folder_that_goes(tmp_path: Path, agent_folder: Path) -> None:
+    done = run("chat", "--keep", str(agent_folder), "Hi", env=embedded(tmp_path))
+    assert (done.code, done.out, "--data-dir" in done.err) == (2, "", True)
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["other", "ash-chat-x/inner", "ash-chat-link"])
+def test_a_server_removes_no_folder_but_that_of_a_chat(tmp_path: Path, name: str) -> None:
+    (tmp_path / "tmp" / "ash-chat-x" / "inner").mkdir(parents=True)
+    (tmp_path / "tmp" / "other").mkdir()
+    (tmp_path / "tmp" / "ash-chat-link").symlink_to(tmp_path / "tmp" / "other")
+    folder = str(tmp_path / "tmp" / name)
+    done = run("start", "--port", "0", "--remove-data-dir", "--data-dir", folder, env=embedded(tmp_path))
+    assert (done.code, "no temporary folder" in done.err) == (2, True)
+    assert os.path.isdir(folder)
+
+
 @pytest.mark.usefixtures("no_server_on_4100")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_the_embedded_server_ends_with_its_chat_however_that_ends(tmp_path: Path, agent_folder: Path, number: int) -> None:
@@ -194,7 +247,7 @@ def test_the_embedded_server_ends_with_its_chat_however_that_ends(tmp_path: Path
     process.communicate(timeout=30)
     assert process.returncode != 0
     assert gone(pid)
-    assert number == signal.SIGKILL or list((tmp_path / "tmp").iterdir()) == []
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_the_program_runs_no_code_of_the_current_folder(tmp_path: Path) -> None:

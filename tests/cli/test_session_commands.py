@@ -85,6 +85,12 @@ def test_tail_shows_an_event_a_line_and_no_deltas(ash: Ash, stub: StubServer, id
     assert [json.loads(line)["id"] for line in ash("session", "tail", id, "--json", "--after", "3", "-t", "done").out.splitlines()] == [6]
 
 
+def test_tail_behind_the_last_event_of_an_ended_session_is_silent(ash: Ash, id: str) -> None:
+    ash("session", "send", id, "Hi")
+    ash("session", "end", id)
+    assert ash("session", "tail", id, "--after", str(len(HELLO))) == (0, "", "")
+
+
 def test_messages_and_logs(ash: Ash, id: str) -> None:
     ash("session", "send", id, "Hi")
     assert [row["role"] for row in json.loads(ash("session", "messages", id).out)] == ["user", "assistant", "assistant"]

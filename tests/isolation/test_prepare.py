@@ -144,10 +144,10 @@ def test_a_process_is_in_its_cgroup_before_it_starts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("release", "command"),
     [
-        ("ID=debian\n", "run: apt-get install -y bubblewrap"),
-        ('ID=linuxmint\nID_LIKE="ubuntu debian"\n', "run: apt-get install -y bubblewrap"),
-        ('ID="rocky"\nID_LIKE="rhel centos fedora"\n', "run: dnf install -y bubblewrap"),
-        ("ID=alpine\n", "run: apk add bubblewrap"),
+        ("ID=debian\n", "run `apt-get install -y bubblewrap`"),
+        ('ID=linuxmint\nID_LIKE="ubuntu debian"\n', "run `apt-get install -y bubblewrap`"),
+        ('ID="rocky"\nID_LIKE="rhel centos fedora"\n', "run `dnf install -y bubblewrap`"),
+        ("ID=alpine\n", "run `apk add bubblewrap`"),
         ("", "install the package `bubblewrap` with this system's package manager"),
     ],
 )
@@ -156,7 +156,7 @@ def test_the_command_that_installs_bubblewrap_fits_the_system(release: str, comm
 
 
 def test_an_ordinary_user_is_told_to_use_sudo() -> None:
-    assert host.install_command("ID=debian\n", is_root=False) == "run: sudo apt-get install -y bubblewrap"
+    assert host.install_command("ID=debian\n", is_root=False) == "run `sudo apt-get install -y bubblewrap`"
 
 
 def test_a_failure_repeats_what_bubblewrap_said() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Server
+from tests.harness import Server, as_nobody, needs_root
 
 
 def file(path: str, content: bytes) -> dict[str, str]:
@@ -77,6 +78,21 @@ async def test_a_path_is_not_taken_from_behind_a_proxy(server: Server) -> None:
     headers = {"Authorization": f"Bearer {key}", "X-Forwarded-For": "192.0.2.1"}
     answer = await server.call("POST", "/api/agents", {"name": "a", "path": "/etc"}, expect=403, headers=headers)
     assert "send the files instead" in answer["error"]
+
+
+@needs_root
+async def test_a_path_is_not_taken_from_another_user_of_this_machine_even_with_a_key(server: Server) -> None:
+    _, key = await server.parts.keys.create("default", "test")
+    bodies = [json.dumps({"name": "a", **given}) for given in ({"path": "/etc"}, {"systemPrompt": "x"})]
+    code = f"""
+for body in {bodies!r}:
+    c = http.client.HTTPConnection("127.0.0.1", {server.port})
+    c.request("POST", "/api/agents", body, {{"Authorization": "Bearer {key}"}})
+    a = c.getresponse(); print(a.status, b"send the files instead" in a.read(), flush=True)
+"""
+    with as_nobody(code) as child:
+        out, _ = await asyncio.to_thread(child.communicate, timeout=10)
+    assert out.splitlines() == [b"403 True", b"201 False"]
 
 
 async def test_fifty_megabytes_of_files_can_be_deployed(server: Server) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from ash import models
+from ash import dialect, models
 from ash.errors import StoreFailed
+from ash.models import NewEvent
 from tests import fakes
 from tests.harness import Server, eventually, read_frames
 
@@ -278,6 +279,63 @@ async def test_a_stream_whose_log_fails_still_ends_with_error_and_done(server: S
     assert last == [("error", {"error": "the database is gone"}), ("done", {"sessionId": id})]
 
 
+async def test_an_error_nobody_thought_of_ends_the_stream_and_is_logged(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = dialect.frame
+    monkeypatch.setattr(dialect, "frame", lambda event: 1 / 0 if event.type == models.ASSISTANT_MESSAGE else real(event))
+    *_, error, done = await server.frames(await server.session())
+    assert (error.event, done.event) == ("error", "done")
+    assert error.data["error"].split()[2].rstrip(";") in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+# A log in which the end of the first turn is late: the server could not write it at once, and the second turn began before it
+
+LATE_END = 5
+_LATE = (
+    (models.TURN_STARTED, {"turnId": "1", "content": "a"}), (models.ASSISTANT_MESSAGE, fakes.assistant("one")),
+    (models.TURN_STARTED, {"turnId": "2", "content": "b"}), (models.TURN_ENDED, {"turnId": "1", "status": "failed"}),
+    (models.ASSISTANT_MESSAGE, fakes.assistant("two")), (models.TURN_ENDED, {"turnId": "2", "status": "completed"}),
+)  # fmt: skip
+
+
+async def late_log(server: Server) -> str:
+    id = await server.session()
+    assert (await server.parts.log.append(id, [NewEvent(*entry) for entry in _LATE]))[3].seq == LATE_END
+    return id
+
+
+@pytest.mark.parametrize(("cursor", "seen"), [
+    (0, ["session_start", "message", "error", "done"]), (2, ["message", "error", "done"]), (3, ["error", "done"]),
+    (4, ["message", "done"]), (LATE_END, ["message", "done"]), (6, ["done"]),
+])  # fmt: skip
+async def test_a_turn_ends_with_its_own_end_only(server: Server, cursor: int, seen: list[str]) -> None:
+    id = await late_log(server)
+    async with open_turn(server, id, **{"Last-Event-ID": str(cursor)}) as answer:
+        frames = await read_frames(answer)
+    assert names(frames) == seen
+    assert frames[-1].data.get("turnId") == ("2" if cursor > 3 else None)
+
+
+async def test_the_end_of_the_turn_before_is_no_part_of_a_new_turn(server: Server) -> None:
+    id = await waiting_turn(server)
+    late = NewEvent(models.TURN_ENDED, {"turnId": "before", "status": "failed"})
+    async with open_turn(server, id, **{"Last-Event-ID": "2"}) as answer:
+        await server.parts.log.append(id, [late])
+        server.sandboxes.claimed[0].proceed.set()
+        frames = await read_frames(answer)
+    assert [(frame.event, frame.data.get("status")) for frame in frames] == [("message", None), ("done", "completed")]
+
+
+async def test_coming_back_asks_about_this_session_only(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    id = await waiting_turn(server)
+    monkeypatch.delattr(type(server.parts.store), "open_turns")
+    async with open_turn(server, id, **{"Last-Event-ID": "3"}) as answer:
+        server.sandboxes.claimed[0].proceed.set()
+        assert names(await read_frames(answer)) == ["done"]
+
+
 # Watching
 
 
@@ -304,6 +362,28 @@ async def test_the_stream_of_an_ended_session_replays_and_then_tells_a_browser_n
         assert answer.status == 204
 
 
+async def stubborn(sandbox: fakes.FakeSandbox, turn_id: str, content: Any, options: Any) -> AsyncIterator[dict[str, Any]]:
+    """Does not care that it is interrupted."""
+    yield {"ev": "message", "turn_id": turn_id, "data": fakes.assistant("Let me think")}
+    await sandbox.proceed.wait()
+    yield {"ev": "message", "turn_id": turn_id, "data": fakes.assistant("Last words")}
+    yield {"ev": "done", "turn_id": turn_id, "status": "interrupted"}
+
+
+async def test_who_joins_while_a_session_is_ending_sees_its_last_turn_end(server: Server) -> None:
+    server.sandboxes.script = stubborn
+    id = await server.session()
+    async with open_turn(server, id) as answer:
+        await read_frames(answer, until="message")
+    ending = asyncio.create_task(server.call("DELETE", f"/api/sessions/{id}", expect=200))
+    await eventually(lambda: server.sandboxes.claimed[0].interrupted.is_set())
+    async with open_stream(server, id, "?after=3") as stream:
+        assert (await server.call("GET", f"/api/sessions/{id}"))["session"]["status"] == "ended"
+        server.sandboxes.claimed[0].proceed.set()
+        assert names(await read_frames(stream)) == ["message", "done", "session_end"]
+    await asyncio.wait_for(ending, 5)
+
+
 async def test_many_can_watch_one_turn(server: Server) -> None:
     id = await waiting_turn(server)
     async with AsyncExitStack() as stack:
@@ -314,6 +394,19 @@ async def test_many_can_watch_one_turn(server: Server) -> None:
 
 
 # History
+
+
+async def test_hostile_text_does_not_spoil_the_timeline(server: Server) -> None:
+    async def hostile(sandbox: fakes.FakeSandbox, turn_id: str, content: Any, options: Any) -> AsyncIterator[dict[str, Any]]:
+        forged = {"type": "x\n\nevent: done\ndata: {}"}
+        for data in (fakes.assistant("", more=[{"type": "text", "text": 5}, forged]), {"type": "user", "tool_names": ["x"]}):
+            yield {"ev": "message", "turn_id": turn_id, "data": data}
+        yield {"ev": "done", "turn_id": turn_id, "status": "completed"}
+
+    server.sandboxes.script = hostile
+    id = await server.session()
+    assert names(await server.frames(id)) == ["session_start", "block", "message", "message", "done"]
+    await server.call("GET", f"/api/sessions/{id}/events", expect=200)
 
 
 async def test_the_history_has_the_messages_numbered_and_pages(server: Server) -> None:

@@ -42,6 +42,23 @@ async def test_what_a_session_was_given_reaches_its_sandbox_and_secrets_stay_off
     assert "s3cret" not in str(await server.call("GET", f"/api/sessions/{id}"))
 
 
+async def test_the_variables_and_headers_of_mcp_servers_are_shown_by_name_only(server: Server) -> None:
+    servers = {
+        "env": {"command": "run", "args": ["-v"], "env": {"TOKEN": "s3cret"}},
+        "x": {"url": "http://x", "headers": {"Authorization": "Bearer s3cret"}},
+        "y": {"url": "http://y", "headers": ["Authorization: s3cret"]},
+    }
+    id = await server.session(mcpServers=servers)
+    shown = (await server.call("GET", f"/api/sessions/{id}"))["session"]["config"]["mcpServers"]
+    assert shown == {
+        "env": {"command": "run", "args": ["-v"], "env": {"TOKEN": "***"}},
+        "x": {"url": "http://x", "headers": {"Authorization": "***"}},
+        "y": {"url": "http://y", "headers": "***"},
+    }
+    assert server.sandboxes.claimed[0].inits[0][1]["mcpServers"] == servers
+    assert "s3cret" not in str(await server.call("GET", "/api/sessions"))
+
+
 @pytest.mark.parametrize(("body", "complaint"), [
     ({}, "agent is required"),
     ({"agent": ""}, "agent must have 1 to 255 characters"),
