@@ -74,6 +74,7 @@ SETTINGS = (
     Setting("orphan_timeout", float, 60.0, "seconds after which a bridge that lost its server ends itself", minimum=1),
     Setting("start_timeout", float, 20.0, "seconds a sandbox may take to become ready", minimum=0.1),
     Setting("turn_timeout", float, 3600.0, "seconds one turn may take in all", minimum=1),
+    Setting("max_turn_mb", int, 256, "MiB of events one turn may record before it is ended", minimum=1),
     Setting("hang_timeout", float, 660.0, "seconds a running turn's bridge may be silent before it counts as hung", minimum=1),
     Setting("max_body_mb", int, 256, "largest request body in MiB; an agent upload is base64, so 3/4 of this is content", minimum=1),
     Setting("max_agent_mb", int, 190, "largest agent folder in MiB, unpacked", minimum=1),

@@ -11,8 +11,12 @@ import uuid
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from ash.errors import ProtocolError
+
 Json = dict[str, Any]
 DEFAULT_TENANT = "default"
+MAX_BLOCKS = 1000
+"""Most blocks in one message: each may become an event of its own."""
 RESERVED_VARIABLES = ("ANTHROPIC_", "CLAUDE_CODE_")
 """Beginnings of variables that decide about the model's address and key: the server's affair, never an agent's or a session's."""
 
@@ -182,7 +186,11 @@ def _text(value: Any) -> str:
 def _blocks(message: Json) -> list[Json]:
     inner = message.get("message")
     content = inner.get("content") if isinstance(inner, dict) else None
-    return [block for block in content if isinstance(block, dict)] if isinstance(content, list) else []
+    if not isinstance(content, list):
+        return []
+    if len(content) > MAX_BLOCKS:
+        raise ProtocolError(f"a message of {len(content)} blocks; the limit is {MAX_BLOCKS}")
+    return [block for block in content if isinstance(block, dict)]
 
 
 def _expand_blocks(message: Json, streamed: bool) -> list[NewEvent]:

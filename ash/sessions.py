@@ -268,7 +268,7 @@ class Sessions:
     @contextlib.contextmanager
     def _using(self, id: str) -> Iterator[LiveSession]:
         """The session's living part, made when there is none, and kept at least as long as the block lasts."""
-        live = self._live.setdefault(id, LiveSession(id, self._log, self._counters))
+        live = self._live.setdefault(id, LiveSession(id, self._log, self._counters, self._config.max_turn_mb << 20))
         live.users += 1
         try:
             yield live

@@ -458,12 +458,6 @@ class Store:
         rows = await self._read(sql, session_id, _bounded(until), models.TURN_STARTED)
         return (rows[0][0], rows[0][1]) if rows else None
 
-    async def last_status(self, session_id: str) -> str | None:
-        """The status that the newest change in the log led to. Looked for from the log's end, as that is where an ended session has it."""
-        sql = "SELECT json_extract(data, '$.to') FROM events WHERE session_id = ? AND type = ? ORDER BY seq DESC LIMIT 1"
-        rows = await self._read(sql, session_id, models.SESSION_STATUS_CHANGED)
-        return str(rows[0][0]) if rows else None
-
     # API keys
 
     async def add_key(self, key: ApiKey, key_hash: str) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ash import models
-from ash.errors import AshError, InvalidRequest, SandboxFailed, TurnRunning
+from ash.errors import AshError, InvalidRequest, ProtocolError, SandboxFailed, TurnRunning
 from ash.events import EventLog
 from ash.models import Json, NewEvent
 from ash.sandbox import Sandbox
@@ -39,6 +39,7 @@ class ActiveTurn:
         self.error: str | None = None
         self.overdue: str | None = None  # why the server ended it
         self.last_sign = time.monotonic()
+        self.recorded_bytes = 0
         self.is_ending = False
         self.ended = asyncio.Event()
 
@@ -49,7 +50,7 @@ class LiveSession:
     `lock` guards its status together with its sandbox, `config_lock` the merging of changes to its configuration.
     """
 
-    def __init__(self, session_id: str, event_log: EventLog, counters: Counter[str]) -> None:
+    def __init__(self, session_id: str, event_log: EventLog, counters: Counter[str], max_turn_bytes: int) -> None:
         self.session_id = session_id
         self.lock = asyncio.Lock()
         self.config_lock = asyncio.Lock()
@@ -61,6 +62,7 @@ class LiveSession:
         self.needs_init = False
         self.idle_since = time.monotonic()
         self._counters = counters
+        self._max_turn_bytes = max_turn_bytes
         self._log = event_log
 
     @property
@@ -100,6 +102,7 @@ class LiveSession:
                 continue
             turn.last_sign = time.monotonic()
             if event["ev"] in ("message", "delta"):
+                self._count(turn, event["data"])
                 entries += models.expand(event["data"], streamed=turn.streamed)
             elif event["ev"] == "error":
                 turn.error = event["error"]
@@ -108,6 +111,12 @@ class LiveSession:
                 return  # a bridge has one turn at a time: what else it sent belongs to none
         if turn is None or not turn.is_ending:
             await self._log.append(self.session_id, entries)
+
+    def _count(self, turn: ActiveTurn, data: Json) -> None:
+        """All sessions share one disk: a turn that floods its log is ended. Raises ProtocolError."""
+        turn.recorded_bytes += len(models.dump(data))
+        if turn.recorded_bytes > self._max_turn_bytes:
+            raise ProtocolError(f"the turn produced more than {self._max_turn_bytes >> 20} MiB of events (max_turn_mb)")
 
     async def finish(self, turn: ActiveTurn, status: str, error: str | None = None, before: Sequence[NewEvent] = ()) -> None:
         """End a turn with its terminal event, synced to disk, behind the entries `before`. Only the first call for a turn counts."""

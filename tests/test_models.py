@@ -121,11 +121,10 @@ def test_a_block_cannot_forge_a_frame(name: Any) -> None:
     assert [dialect.frame(event) for event in logged((models.BLOCK_DELTA, block))] == [("block", block)]
 
 
-def test_results_with_unusable_names_and_ids_are_kept_without_a_name() -> None:
-    result = {**RESULT, "tool_use_id": ["t1"]}
-    for names in (["x"], "x", 5, None, {"t1": "Bash"}):
-        [entry, _] = models.expand({**user(result), "tool_names": names}, streamed=False)
-        assert (entry.data["tool_use_id"], entry.data["tool_name"]) == (["t1"], None)
+@pytest.mark.parametrize(("id", "names"), [("t1", ["x"]), ("t1", "t1"), ("t1", 5), ("t1", None), (["t1"], {"t1": "Bash"}), (None, {})])
+def test_results_with_unusable_names_and_ids_are_kept_without_a_name(id: Any, names: Any) -> None:
+    [entry, _] = models.expand({**user({**RESULT, "tool_use_id": id}), "tool_names": names}, streamed=False)
+    assert (entry.data["tool_use_id"], entry.data["tool_name"]) == (id, None)
 
 
 def test_text_that_is_none_is_shown_as_nothing() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
@@ -328,6 +328,34 @@ async def test_events_that_cannot_be_dealt_with_end_their_sandbox_and_its_turn(
     assert (status, "could not be recorded" in str(error)) == ("failed", True)
     assert server.sandboxes.claimed[0].is_gone
     assert ending(await turn(server, id))[0] == "completed"
+
+
+async def flood(sandbox: fakes.FakeSandbox, turn_id: str, content: object, options: models.Json) -> AsyncIterator[models.Json]:
+    """Talks for ever."""
+    while True:
+        yield {"ev": "message", "turn_id": turn_id, "data": fakes.assistant("x" * 100_000)}
+        await asyncio.sleep(0)
+
+
+async def test_a_turn_that_floods_its_log_is_ended(start_server: Start) -> None:
+    server = await start_server(max_turn_mb=1)
+    id = await server.session()
+    server.sandboxes.script = flood
+    status, error = ending(await turn(server, id))
+    assert (status, "more than 1 MiB of events" in str(error)) == ("failed", True)
+    assert server.sandboxes.claimed[0].is_gone
+
+
+async def many_blocks(sandbox: fakes.FakeSandbox, turn_id: str, content: object, options: models.Json) -> AsyncIterator[models.Json]:
+    yield {"ev": "message", "turn_id": turn_id, "data": {"type": "assistant", "message": {"content": [{}] * 5000}}}
+
+
+async def test_a_message_of_thousands_of_blocks_ends_its_sandbox(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    server.sandboxes.script = many_blocks
+    status, error = ending(await turn(server, id))
+    assert (status, "5000 blocks" in str(error)) == ("failed", True)
 
 
 async def test_the_place_of_a_turn_is_free_only_when_its_end_is_recorded(start_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:

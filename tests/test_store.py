@@ -409,6 +409,14 @@ async def test_open_turns_are_those_without_an_end(db: Store) -> None:
     assert await db.open_turns() == [(ids[1], "2")]
 
 
+async def test_the_turn_of_an_event_is_the_one_that_began_last_before_it(db: Store) -> None:
+    id = await add_session(db)
+    for turn in "ab":
+        start = NewEvent(models.TURN_STARTED, {"turnId": turn, "content": "hi"})
+        await append(db, id, *deltas(1), start, *deltas(1), NewEvent(models.TURN_ENDED, {"turnId": turn}))
+    assert [await db.find_turn(id, until) for until in (0, 1, 2, 5, 6, 2**80)] == [None, None, (2, "a"), (2, "a"), (6, "b"), (6, "b")]
+
+
 async def test_a_fork_has_the_finished_turns_without_deltas_and_without_gaps(db: Store) -> None:
     parent = await add_session(db)
     start, end = NewEvent(models.TURN_STARTED, {"turnId": "1", "content": "hi"}), NewEvent(models.TURN_ENDED, {"turnId": "1"})

@@ -15,7 +15,7 @@ from ash.models import ENDED, Event, Json
 from ash.routes import fields
 from ash.routes.parts import Parts, parts
 from ash.routes.requests import MIB, query, read_json, session_id, tenant
-from ash.routes.streams import SessionStream, TurnStream
+from ash.routes.streams import SessionStream, TurnStream, is_session_end
 
 MESSAGE_BODY = 50 * MIB
 _MAX_CONTENT, _MAX_BLOCKS = 500_000, 20
@@ -115,11 +115,17 @@ async def follow(request: web.Request) -> web.StreamResponse:
     cursor = _last_event_id(request)
     after = cursor if cursor is not None else query(request, _STREAM).get("after", 0)
     await _check_cursor(here, id, after)
-    # The status changes before a turn that is still running has ended; the session's last events are in the log only later.
-    is_live = session.status != ENDED or await here.store.last_status(id) != ENDED
-    if not is_live and not await here.log.read(id, after=after, limit=1):
+    is_live = session.status != ENDED  # which it becomes behind its last event: then the log is whole
+    if await _is_over(here, id, after, is_live):
         return web.Response(status=204)  # the one answer after which a browser's EventSource does not come back
     return await SessionStream(request, here, id, after=after).run(is_live=is_live)
+
+
+async def _is_over(here: Parts, id: str, after: int, is_live: bool) -> bool:
+    """Whether nothing can follow event `after`: it says that the session has ended, as it may a moment before the session does."""
+    around = await here.log.read(id, after=after - 1, limit=2)
+    has_seen_end = any(event.seq == after and is_session_end(event) for event in around)
+    return has_seen_end or (not is_live and not any(event.seq > after for event in around))
 
 
 async def list_messages(request: web.Request) -> web.Response:

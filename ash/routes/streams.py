@@ -139,11 +139,15 @@ class TurnStream(EventStream):
         return super().farewell(error) + sse.encode("done", {"sessionId": self._id})
 
 
+def is_session_end(event: Event) -> bool:
+    return event.type == models.SESSION_STATUS_CHANGED and event.data.get("to") == models.ENDED
+
+
 class SessionStream(EventStream):
     """The stream of a session across its turns. It ends when the session has."""
 
     def is_last(self, event: Event) -> bool:
-        return event.type == models.SESSION_STATUS_CHANGED and event.data.get("to") == models.ENDED
+        return is_session_end(event)
 
     def encode(self, event: Event) -> bytes:
         return sse.encode("session_end", {"sessionId": self._id}, id=event.seq) if self.is_last(event) else super().encode(event)

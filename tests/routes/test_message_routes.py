@@ -378,10 +378,17 @@ async def test_who_joins_while_a_session_is_ending_sees_its_last_turn_end(server
     ending = asyncio.create_task(server.call("DELETE", f"/api/sessions/{id}", expect=200))
     await eventually(lambda: server.sandboxes.claimed[0].interrupted.is_set())
     async with open_stream(server, id, "?after=3") as stream:
-        assert (await server.call("GET", f"/api/sessions/{id}"))["session"]["status"] == "ended"
         server.sandboxes.claimed[0].proceed.set()
         assert names(await read_frames(stream)) == ["message", "done", "session_end"]
     await asyncio.wait_for(ending, 5)
+
+
+async def test_who_has_seen_the_end_is_not_kept_waiting_while_the_session_is_about_to_end(server: Server) -> None:
+    id = await server.session()
+    [end] = await server.parts.log.append(id, [NewEvent(models.SESSION_STATUS_CHANGED, {"from": "active", "to": "ended"})])
+    assert (await server.call("GET", f"/api/sessions/{id}"))["session"]["status"] == "active"
+    async with open_stream(server, id, **{"Last-Event-ID": str(end.seq)}) as answer:
+        assert answer.status == 204
 
 
 async def test_many_can_watch_one_turn(server: Server) -> None:
