@@ -57,8 +57,9 @@ class _Configured:
         stream_timeout: float = _STREAM_TIMEOUT,
         ssl_context: ssl.SSLContext | None = None,
         on_reconnect: Reconnected | None = None,
+        stored_key: str | None = None,
     ) -> None:
-        self._server = parse_server(server_url, api_key, timeout, stream_timeout, ssl_context)
+        self._server = parse_server(server_url, api_key, timeout, stream_timeout, ssl_context, stored_key)
         self._positions = Positions()
         self._on_reconnect = on_reconnect
 
@@ -81,6 +82,7 @@ class AshClient(_Configured):
     """Calls a server and waits for each answer. Safe to share between threads.
 
     `timeout` bounds one request in seconds, `stream_timeout` the silence of a stream (servers send a sign of life every 15 s).
+    `api_key` goes with every request; `stored_key` only to a server that asks, on this machine only to one of this user or root.
     Errors are the classes of `ash.errors`; ConnectionFailed when no server answers.
     """
 

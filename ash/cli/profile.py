@@ -107,6 +107,8 @@ def client(args: argparse.Namespace) -> AshClient:
     from ash.client import AshClient
 
     where = address(args)
+    if where.key_source == "config":  # nobody said just now that this key is for whoever listens there
+        return AshClient(where.url, stored_key=where.key)
     return AshClient(where.url, where.key)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any, TypeVar
 
+from ash.errors import Unauthorized
 from ash.remote.calls import Call
 from ash.remote.folder import Upload
 from ash.remote.http1 import BrokenResponse, CannotConnect, Head, NothingFollows, ResponseParser
-from ash.remote.server import Server, answer
+from ash.remote.server import Server, answer, with_stored_key
 
 T = TypeVar("T")
 _RECEIVE = 64 * 1024
@@ -85,6 +86,13 @@ def _cause(error: OSError) -> OSError:
 
 async def exchange(server: Server, call: Call[T]) -> T:
     """Send `call` and read its answer. Raises OSError for the connection, AshError for what the server answers."""
+    try:
+        return await _exchange(server, call)
+    except Unauthorized as refused:
+        return await _exchange(with_stored_key(server, refused), call)
+
+
+async def _exchange(server: Server, call: Call[T]) -> T:
     connection = await connect(server, server.timeout + call.timeout)
     try:
         await connection.send(server.head(call), call.body)
@@ -97,6 +105,13 @@ async def exchange(server: Server, call: Call[T]) -> T:
 
 async def open_stream(server: Server, call: Call[None]) -> AsyncConnection:
     """The connection of an event stream, at the first byte of its body."""
+    try:
+        return await _open_stream(server, call)
+    except Unauthorized as refused:
+        return await _open_stream(with_stored_key(server, refused), call)
+
+
+async def _open_stream(server: Server, call: Call[None]) -> AsyncConnection:
     connection = await connect(server, server.timeout)
     try:
         await connection.send(server.head(call), call.body)

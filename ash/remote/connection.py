@@ -6,10 +6,11 @@ import socket
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from ash.errors import Unauthorized
 from ash.remote.calls import Call
 from ash.remote.folder import Upload
 from ash.remote.http1 import BrokenResponse, CannotConnect, Head, NothingFollows, ResponseParser
-from ash.remote.server import Server, answer
+from ash.remote.server import Server, answer, with_stored_key
 
 T = TypeVar("T")
 _RECEIVE = 64 * 1024
@@ -87,6 +88,13 @@ def _secured(server: Server, plain: socket.socket) -> socket.socket:
 
 def exchange(server: Server, call: Call[T]) -> T:
     """Send `call` and read its answer. Raises OSError for the connection, AshError for what the server answers."""
+    try:
+        return _exchange(server, call)
+    except Unauthorized as refused:
+        return _exchange(with_stored_key(server, refused), call)
+
+
+def _exchange(server: Server, call: Call[T]) -> T:
     timeout = server.timeout + call.timeout
     connection = Connection(server, timeout)
     try:
@@ -100,6 +108,13 @@ def exchange(server: Server, call: Call[T]) -> T:
 
 def open_stream(server: Server, call: Call[None]) -> Connection:
     """The connection of an event stream, at the first byte of its body."""
+    try:
+        return _open_stream(server, call)
+    except Unauthorized as refused:
+        return _open_stream(with_stored_key(server, refused), call)
+
+
+def _open_stream(server: Server, call: Call[None]) -> Connection:
     connection = Connection(server, server.timeout)
     try:
         connection.send(server.head(call), call.body)

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ash import __version__
-from ash.errors import AshError, ConnectionFailed, InvalidRequest, RateLimited, Timeout, error_for
+from ash.errors import AshError, ConnectionFailed, InvalidRequest, RateLimited, Timeout, Unauthorized, error_for
 from ash.remote.calls import Call
 from ash.remote.folder import Upload
 from ash.remote.http1 import BrokenResponse, Head, request_head
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class Server(NamedTuple):
-    """Where requests go, and how long one may take. `prefix` is the path that a proxy serves the API under."""
+    """Where requests go, and how long one may take. `prefix` is the path that a proxy serves the API under.
+
+    `stored_key` is sent only to a server that asked for a key, as `with_stored_key` has it.
+    """
 
     url: str
     scheme: str
@@ -27,6 +30,7 @@ class Server(NamedTuple):
     timeout: float
     stream_timeout: float
     ssl_context: ssl.SSLContext | None = None
+    stored_key: str | None = None
 
     def __repr__(self) -> str:
         return f"Server({self.url!r})"
@@ -57,7 +61,14 @@ class Server(NamedTuple):
         return self.ssl_context or ssl.create_default_context()
 
 
-def parse_server(url: str, api_key: str | None, timeout: float, stream_timeout: float, ssl_context: ssl.SSLContext | None) -> Server:
+def parse_server(
+    url: str,
+    api_key: str | None,
+    timeout: float,
+    stream_timeout: float,
+    ssl_context: ssl.SSLContext | None,
+    stored_key: str | None = None,
+) -> Server:
     """Raises InvalidRequest for an address that is not an http or https URL."""
     from urllib.parse import urlsplit
 
@@ -72,8 +83,23 @@ def parse_server(url: str, api_key: str | None, timeout: float, stream_timeout: 
         raise InvalidRequest("the server address must not hold a user, a query or a fragment; give the key as api_key")
     port = port or (443 if parts.scheme == "https" else 80)
     prefix = parts.path.rstrip("/")
-    key = api_key.strip() if api_key else None
-    return Server(url.strip().rstrip("/"), parts.scheme, host, port, prefix, key, timeout, stream_timeout, ssl_context)
+    key, stored = (text.strip() if text else None for text in (api_key, stored_key))
+    return Server(url.strip().rstrip("/"), parts.scheme, host, port, prefix, key, timeout, stream_timeout, ssl_context, stored)
+
+
+def with_stored_key(server: Server, refused: Unauthorized) -> Server:
+    """The same server, to be asked again with the stored key. On this machine anybody may listen, so the key goes only to a server of
+    this user or root. A refused request has started nothing. Raises `refused`, or says why, where there is no key to send.
+    """
+    from ash.remote.owner import is_this_machine, is_trusted
+
+    if server.api_key or not server.stored_key:
+        raise refused
+    if is_this_machine(server.host) and not is_trusted(server.port):
+        error = Unauthorized(f"{server.url} asks for a key, and that server belongs to another user: the stored key was not sent")
+        error.hint = "use --server or --api-key"
+        raise error from refused
+    return server._replace(api_key=server.stored_key)
 
 
 def refusal(call: Call[Any], head: Head, body: bytes) -> AshError:

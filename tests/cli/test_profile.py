@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from ash.cli import profile
+from ash.remote import owner
 from tests.cli.conftest import Ash
 from tests.cli.stub_server import StubServer
 
@@ -54,6 +56,7 @@ def test_a_link_keeps_the_local_key_aside_and_unlink_brings_it_back(call: Ash, s
     profile.save({"api_key": "local-key"})
     assert call("link", stub.url, "--api-key", "remote-key").code == 0
     assert profile.load() == {"server_url": stub.url, "api_key": "remote-key", "local_api_key": "local-key"}
+    stub.key = "remote-key"
     assert call("agent", "list").code == 0
     assert stub.requests[-1][3]["Authorization"] == "Bearer remote-key"
     assert call("link").out == f"Linked to {stub.url}\n"
@@ -122,3 +125,31 @@ def test_config_json_tells_the_client_side(call: Ash, home: Path) -> None:
     profile.link("http://far", "far-key")
     client = json.loads(call("config", "--json").out)["client"]
     assert client == {"serverUrl": "http://far", "source": "config", "apiKey": "***", "apiKeySource": "config", "home": str(home)}
+
+
+def test_a_stored_key_is_sent_only_when_the_server_asks(call: Ash, local: StubServer, home: Path) -> None:
+    profile.save({"api_key": "kept"})
+    assert call("agent", "list").code == 0
+    assert [headers.get("Authorization") for *_, headers in local.requests] == [None]
+    local.key = "kept"
+    assert call("chat", "my-agent", "Hi") == (0, "Hello, Ada.\n", "")
+    assert len([log for log in local.logs.values() if log]) == 1, "the refused message started no turn"
+
+
+def test_a_stored_key_does_not_go_to_another_users_server(
+    call: Ash, local: StubServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile.save({"api_key": "kept"})
+    local.key = "kept"
+    monkeypatch.setattr(owner, "_listeners", lambda _table, _port: [0, os.geteuid() + 1])
+    done = call("agent", "list")
+    assert (done.code, "belongs to another user" in done.err, "--api-key" in done.err) == (1, True, True)
+    assert [headers.get("Authorization") for *_, headers in local.requests] == [None]
+    assert call("agent", "list", "--api-key", "kept").code == 0
+
+
+def test_the_owner_of_a_port_is_read_from_the_kernel(local: StubServer) -> None:
+    assert set(owner._listeners("/proc/net/tcp", local.server_address[1])) == {os.geteuid()}
+    assert (owner.is_trusted(local.server_address[1]), owner.is_trusted(1)) == (True, False)
+    names = ("localhost", "127.0.0.2", "::1", "0.0.0.0", "example.org", "10.0.0.1")
+    assert [owner.is_this_machine(name) for name in names] == [True] * 4 + [False] * 2

@@ -70,10 +70,11 @@ def wait_for_server(process: subprocess.Popen[bytes], data_dir: Path, log: Path,
             break
         try:
             info: dict[str, Any] = json.loads((data_dir / "server.json").read_text())
+            if info["pid"] == process.pid:  # a server that was killed before this one leaves its card
+                return info
         except (OSError, ValueError):
-            time.sleep(0.02)
-            continue
-        return info
+            pass
+        time.sleep(0.02)
     raise AssertionError(f"the server did not start: {log.read_text(errors='replace')[-2000:]}")
 
 
