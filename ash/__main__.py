@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from ash.cli.command import Command
-    from ash.cli.terminal import Terminal
 
 
 class Entry(NamedTuple):
@@ -35,7 +34,7 @@ COMMANDS = {
     "health": Entry("health", "show what the server says of itself"),
     "link": Entry("link", "remember another server to talk to"),
     "unlink": Entry("link", "talk to the server on this machine again"),
-    "config": Entry("settings", "show every setting, its value and where it comes from"),
+    "config": Entry("settings", "show every setting as a start would use it, and where it comes from"),
     "offline-model": Entry("offline_model", "serve the built-in demo model on a port of its own"),
     "cache": Entry("cache", "list or prune what ash.pyz unpacked", is_group=True),
     "version": Entry("health", "show the version"),
@@ -73,7 +72,7 @@ def _run(arguments: list[str]) -> int:
         name = "version"
     if name not in COMMANDS:
         return _unknown(f"ash: there is no command {name!r}", name, list(COMMANDS), "ash --help")
-    return _load(name, rest + leading)
+    return _load(name, leading + rest)
 
 
 def _split_leading(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -99,7 +98,7 @@ def _load(name: str, arguments: list[str]) -> int:
     leading, rest = _split_leading(arguments)
     if not rest or rest[0] not in commands:
         return _unknown(f"ash {name}: there is no command {(rest or [''])[0]!r}", (rest or [""])[0], list(commands), f"ash {name} --help")
-    return _call(commands[rest[0]], f"ash {name} {rest[0]}", rest[1:] + leading)
+    return _call(commands[rest[0]], f"ash {name} {rest[0]}", leading + rest[1:])
 
 
 def _call(command: Command, prog: str, arguments: list[str]) -> int:
@@ -112,17 +111,10 @@ def _call(command: Command, prog: str, arguments: list[str]) -> int:
     try:
         return command.run(args, terminal)
     except AshError as error:
-        _complain(error, terminal)
+        from ash.cli.complaint import reworded
+
+        terminal.error(*reworded(error, args))
         return 2 if isinstance(error, ConfigError) else 1
-
-
-def _complain(error: Exception, terminal: Terminal) -> None:
-    from ash.errors import Unauthorized
-
-    hint = str(getattr(error, "hint", ""))
-    if isinstance(error, Unauthorized) and not hint:
-        hint = "give the right key with --api-key or ASH_API_KEY, or put it into config.json with `ash link URL --api-key KEY`"
-    terminal.error(str(error), hint)
 
 
 def _unknown(complaint: str, word: str, known: list[str], help_command: str) -> int:

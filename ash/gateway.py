@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from ash.models import Json
 from ash.providers import COUNT_TOKENS, MESSAGES, Call, Provider, Reply, Timing, retry
 from ash.providers.cloud import BEDROCK, VERTEX, Cloud
 from ash.providers.direct import DEFAULT_BASE_URL, Direct, open_session, shown_base_url
+from ash.providers.doorway import Doorway, raise_descriptor_limit
+from ash.providers.intake import Intake, Lease
 from ash.providers.local import Local
 from ash.providers.meter import Meter
 
@@ -65,7 +68,8 @@ class Gateway:
     def __init__(self, config: Config, *, on_usage: OnUsage, timing: Timing | None = None) -> None:
         self._config, self._on_usage, self._timing = config, on_usage, timing or Timing()
         self._exits = AsyncExitStack()
-        self._sites: dict[str, tuple[str, web.UnixSite]] = {}
+        self._listeners: dict[str, tuple[str, asyncio.Server]] = {}
+        self._doorways: dict[str, Doorway] = {}
         self._sandboxes: dict[str, str] = {}
         """Socket path to sandbox id."""
         self._access: dict[str, ModelAccess] = {}
@@ -81,13 +85,18 @@ class Gateway:
         return self
 
     async def _start(self) -> None:
+        raise_descriptor_limit()
         replies = offline.load(self._config.offline_script) if self._config.offline_script else None
+        threads = ThreadPoolExecutor(2, "gateway")
+        self._exits.callback(threads.shutdown, wait=False, cancel_futures=True)
+        self._intake = Intake(threads)
         self._offline = Local(replies)
+        self._exits.push_async_callback(self._offline.close)
         self._session = open_session(self._timing)
         self._exits.push_async_callback(self._session.close)
         self._default = self._choose_default()
         self._exits.push_async_callback(self._default.close)
-        app = web.Application(client_max_size=MAX_BODY_BYTES)
+        app = web.Application()
         app.router.add_route("*", "/{path:.*}", self._serve)
         # A caller that leaves must end the call to the provider at once: nothing here outlives its request but the usage report.
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
@@ -96,7 +105,7 @@ class Gateway:
         self._exits.push_async_callback(self._runner.cleanup)
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for sandbox_id in list(self._sites):
+        for sandbox_id in list(self._listeners):
             await self.close(sandbox_id)
         await self._exits.aclose()
 
@@ -144,15 +153,23 @@ class Gateway:
         if size > _MAX_SOCKET_PATH_BYTES:
             limit = _MAX_SOCKET_PATH_BYTES
             raise SandboxFailed(f"the gateway's socket path has {size} bytes, at most {limit} work: use a data folder with a shorter path")
-        await self._stop_listening(sandbox_id)
-        site = web.UnixSite(self._runner, socket_path)
+        self._stop_listening(sandbox_id)
         try:
-            await site.start()
-            os.chmod(socket_path, 0o666)  # the folder around it is what keeps others out
+            listener = await self._listen(sandbox_id, socket_path)
         except OSError as error:
-            await site.stop()
             raise SandboxFailed(f"the gateway cannot listen for this sandbox: {error.strerror or error}") from error
-        self._sites[sandbox_id], self._sandboxes[socket_path] = (socket_path, site), sandbox_id
+        self._listeners[sandbox_id], self._sandboxes[socket_path] = (socket_path, listener), sandbox_id
+
+    async def _listen(self, sandbox_id: str, socket_path: str) -> asyncio.Server:
+        assert self._runner.server is not None  # since the gateway's start
+        doorway = self._doorways.setdefault(sandbox_id, Doorway(self._runner.server))
+        listener = await asyncio.get_running_loop().create_unix_server(doorway, socket_path)
+        try:
+            os.chmod(socket_path, 0o666)  # the folder around it is what keeps others out
+        except OSError:
+            listener.close()
+            raise
+        return listener
 
     def bind(self, sandbox_id: str, access: ModelAccess) -> None:
         """From now on the sandbox's socket speaks for this session."""
@@ -161,15 +178,19 @@ class Gateway:
     async def close(self, sandbox_id: str) -> None:
         """Stop listening and end the calls that are under way. Does nothing for a sandbox that is not open."""
         self._access.pop(sandbox_id, None)
-        await self._stop_listening(sandbox_id)
+        self._stop_listening(sandbox_id)
         for task in self._calls.pop(sandbox_id, set()):
             task.cancel()
+        self._intake.forget(sandbox_id)
+        doorway = self._doorways.pop(sandbox_id, None)
+        if doorway is not None:
+            doorway.close()
 
-    async def _stop_listening(self, sandbox_id: str) -> None:
-        path, site = self._sites.pop(sandbox_id, ("", None))
+    def _stop_listening(self, sandbox_id: str) -> None:
+        path, listener = self._listeners.pop(sandbox_id, ("", None))
         self._sandboxes.pop(path, None)
-        if site is not None:
-            await site.stop()
+        if listener is not None:
+            listener.close()
 
     # One call
 
@@ -179,8 +200,6 @@ class Gateway:
             return await self._tracked(sandbox_id, self._answer(sandbox_id, request))
         except ModelRefused as refusal:
             return _error(refusal)
-        except web.HTTPRequestEntityTooLarge:
-            return _error(ModelRefused(f"The request is larger than {MAX_BODY_BYTES} bytes.", status=413, kind="request_too_large"))
         except (ConnectionError, asyncio.IncompleteReadError):
             return web.Response()  # the bridge has left; nobody reads this
         except Exception:  # the edge of a request: the bridge gets an error it can show, the log the reason
@@ -209,19 +228,19 @@ class Gateway:
 
     async def _answer(self, sandbox_id: str, request: web.Request) -> web.StreamResponse:
         access = self._access[sandbox_id]
-        call = await self._read_call(request)
-        model = call.request["model"]
-        provider = self._provider(access, model)
         async with AsyncExitStack() as stack:
+            lease = stack.enter_context(self._intake.lease(sandbox_id))
+            call = await self._read_call(sandbox_id, request, lease)
+            provider = self._provider(access, call.request["model"])
             reply = await self._send(provider, call, stack, access.session_id)
             return await self._pass_on(request, call, reply, access.session_id)
 
-    async def _read_call(self, request: web.Request) -> Call:
+    async def _read_call(self, sandbox_id: str, request: web.Request, lease: Lease) -> Call:
         if request.method != "POST" or request.path not in (MESSAGES, COUNT_TOKENS):
             raise ModelRefused(f"{request.method} {request.path} does not exist here.", status=404, kind="not_found_error")
-        body = await request.read()
+        body = await self._intake.read(request, lease, MAX_BODY_BYTES)
         try:
-            parsed = json.loads(body)
+            parsed = await self._intake.parse(sandbox_id, body, lease)
         except (ValueError, RecursionError) as error:
             raise ModelRefused("The request body is not valid JSON.", status=400, kind="invalid_request_error") from error
         if not isinstance(parsed, dict) or not isinstance(parsed.get("model"), str) or not parsed["model"]:

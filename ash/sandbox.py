@@ -15,13 +15,14 @@ import subprocess
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from ash import models
 from ash.errors import AshError, CapacityReached, IsolationUnavailable, ProtocolError, SandboxFailed, Timeout
 from ash.isolation import cgroup as cgroups
 from ash.isolation import folders, launch, leftovers
 from ash.isolation.folders import Folders, Uids
+from ash.isolation.keyring import leave_session_keyring
 from ash.isolation.launch import Process
 from ash.isolation.link import Link
 from ash.isolation.logbook import Logbook
@@ -44,10 +45,11 @@ GONE_TIMEOUT = 10.0
 EXEC_GRACE = 15.0
 CONCURRENT_STARTS = 2 * (os.cpu_count() or 1) + 2
 RETRY_DELAYS = (1.0, 5.0, 15.0, 60.0)
+"""Seconds before the pool tries again to start a warm sandbox after a failure, and the next ones."""
 REFILL_DELAY = 0.15
 """Seconds before a pool that is not empty starts another sandbox: the session that took the last one is about to be used."""
-"""Seconds before the pool tries again to start a warm sandbox after a failure, and the next ones."""
 
+T = TypeVar("T")
 OnOpen = Callable[[str, str], Awaitable[None]]
 OnClose = Callable[[str], Awaitable[None]]
 OnGone = Callable[["Sandbox"], Awaitable[None]]
@@ -229,6 +231,9 @@ class Sandboxes:
         self._is_closing = False
 
     async def __aenter__(self) -> Sandboxes:
+        # Here and not in a thread: sandboxes are started by the loop's own thread, and inherit what that one has.
+        if problem := leave_session_keyring():
+            log.warning("Sandboxes may read keys in the session keyring of whoever started this server: %s", problem)
         await asyncio.to_thread(self._folders.open)
         try:
             await asyncio.to_thread(self._uids.scan, self._folders.sessions)
@@ -310,41 +315,45 @@ class Sandboxes:
         if not sandbox.is_alive:
             return False
         try:
-            await asyncio.to_thread(self._move_in, sandbox.place, spec)
-        except BaseException:  # whatever went wrong, a half-filled sandbox must not live on
-            await asyncio.shield(sandbox.stop(grace=0))
+            # One rename, so it may block; from here on the sandbox's end leaves the folder to us.
+            self._folders.claim_slot(sandbox.place.folder, spec.session_dir)
+            sandbox.place = sandbox.place._replace(folder=spec.session_dir)
+            await _in_thread(folders.fill, spec.session_dir, spec.agent_dir, sandbox.place.uid, fresh=True, link=True)
+        except BaseException:  # whatever went wrong, neither a half-filled sandbox nor its folder must live on
+            await asyncio.shield(self._discard(sandbox, spec))
             raise
-        sandbox.place = sandbox.place._replace(folder=spec.session_dir)
         if not sandbox.is_alive:
-            await asyncio.to_thread(folders.remove_tree, spec.session_dir)
-        return sandbox.is_alive
+            await asyncio.shield(self._discard(sandbox, spec))
+            return False
+        return True
 
-    def _move_in(self, place: Place, spec: SandboxSpec) -> None:
-        self._folders.claim_slot(place.folder, spec.session_dir)
-        folders.fill(spec.session_dir, spec.agent_dir, place.uid, fresh=True, link=True)
+    async def _discard(self, sandbox: Sandbox, spec: SandboxSpec) -> None:
+        """End a warm sandbox that did not become a session's. A slot that was not moved goes with it."""
+        await sandbox.stop(grace=0)
+        if sandbox.place.folder == spec.session_dir:
+            await asyncio.to_thread(self._remove_folder, spec.session_dir, sandbox.place.uid)
 
     async def _start_cold(self, spec: SandboxSpec) -> Sandbox:
         id = models.new_id()
         self._reserve()
         self._starting.add(id)
         try:
-            uid = await asyncio.to_thread(self._make_folder, spec)
+            uid = await _in_thread(self._make_folder, id, spec)
             return await self._start(id, spec.session_dir, uid)
         except BaseException:  # a fresh session that does not come to be leaves no folder, whatever went wrong
             if spec.fresh:
                 await asyncio.shield(asyncio.to_thread(folders.remove_tree, spec.session_dir))
+            self._uids.let_go(id)
             raise
         finally:
             self._starting.discard(id)
             self._refill.set()
 
-    def _make_folder(self, spec: SandboxSpec) -> int | None:
+    def _make_folder(self, id: str, spec: SandboxSpec) -> int | None:
         """The session's folder, ready to be mounted, and the uid it belongs to."""
         uid = None
         if self._uses_uids:
-            owner = None if spec.fresh else folders.find_owner(spec.session_dir)
-            uid = owner if owner is not None else self._take_uid()
-            self._uids.reserve(uid)
+            uid = self._uids.take(id, None if spec.fresh else folders.find_owner(spec.session_dir))
         try:
             self._folders.make_session_dir(spec.session_dir, uid)
             if uid is not None and folders.find_owner(spec.session_dir) != uid:
@@ -357,9 +366,6 @@ class Sandboxes:
     @property
     def _uses_uids(self) -> bool:
         return self._isolation is not None and self._isolation.is_root
-
-    def _take_uid(self) -> int:
-        return self._uids.take([sandbox.place.uid for sandbox in list(self._alive.values()) if sandbox.place.uid is not None])
 
     def _reserve(self) -> None:
         """Room for one more: a warm sandbox gives way to a session. Raises CapacityReached."""
@@ -388,29 +394,32 @@ class Sandboxes:
             try:
                 self._warm.append(await self._start_warm())
                 failures, self._last_failure = 0, ""
-            except (AshError, OSError) as error:
-                self._last_failure = str(error)
-                log.warning("a warm sandbox did not start: %s", error)
+            except Exception as error:  # the edge of the loop: whatever it is, the pool must not end without a word
+                self._last_failure = str(error) or type(error).__name__
+                is_foreseen = isinstance(error, AshError | OSError)
+                log.warning("a warm sandbox did not start: %s", self._last_failure, exc_info=None if is_foreseen else error)
                 await asyncio.sleep(RETRY_DELAYS[min(failures, len(RETRY_DELAYS) - 1)])
                 failures += 1
 
     async def _start_warm(self) -> Sandbox:
         id = models.new_id()
         slot = os.path.join(self._folders.slots, id)
-        uid = self._take_uid() if self._uses_uids else None
+        uid = self._uids.take(id) if self._uses_uids else None
         self._starting.add(id)
         try:
-            await asyncio.to_thread(self._folders.make_session_dir, slot, uid)
+            await _in_thread(self._folders.make_session_dir, slot, uid)
             return await self._start(id, slot, uid)
         except BaseException:  # whatever went wrong, the slot goes
-            await asyncio.shield(asyncio.to_thread(self._remove_slot, slot, uid))
+            await asyncio.shield(asyncio.to_thread(self._remove_folder, slot, uid))
+            self._uids.let_go(id)
             raise
         finally:
             self._starting.discard(id)
 
-    def _remove_slot(self, slot: str, uid: int | None) -> None:
-        folders.remove_tree(slot)
-        if uid is not None:
+    def _remove_folder(self, folder: str, uid: int | None) -> None:
+        """The uid is free for others only once nothing belongs to it any more."""
+        folders.remove_tree(folder)
+        if uid is not None and not os.path.lexists(folder):
             self._uids.release(uid)
 
     # Starting one
@@ -496,7 +505,8 @@ class Sandboxes:
             self._warm.remove(sandbox)
         await self._close_place(sandbox.id, sandbox.place, None)
         if os.path.dirname(sandbox.place.folder) == self._folders.slots:
-            await asyncio.to_thread(self._remove_slot, sandbox.place.folder, sandbox.place.uid)
+            await asyncio.to_thread(self._remove_folder, sandbox.place.folder, sandbox.place.uid)
+        self._uids.let_go(sandbox.id)
         self._refill.set()
 
     async def _close_place(self, id: str, place: Place, logbook: Logbook | None) -> None:
@@ -514,8 +524,12 @@ class Sandboxes:
 
     async def copy_folder(self, source: str, target: str) -> None:
         """A second session's folder with a copy of the first one's files, for a fork. Follows no link."""
-        uid = self._take_uid() if self._kind == "bwrap" and os.geteuid() == 0 else None
-        await asyncio.to_thread(folders.copy_session, source, target, uid)
+        id = models.new_id()
+        uid = self._uids.take(id) if self._kind == "bwrap" and os.geteuid() == 0 else None
+        try:
+            await _in_thread(folders.copy_session, source, target, uid)
+        finally:
+            self._uids.let_go(id)
 
     async def reap(self, handles: Iterable[SandboxHandle]) -> int:
         """End the sandboxes that a dead server left, and remove their run folders, slots and cgroups. Returns how many were alive.
@@ -530,6 +544,18 @@ class Sandboxes:
     def _own_ids(self) -> set[str]:
         """An id counts as ours before its first folder is made."""
         return set(self._alive) | set(self._starting)
+
+
+async def _in_thread(function: Callable[..., T], *arguments: Any, **named: Any) -> T:
+    """Like asyncio.to_thread, but who is cancelled waits for the thread: what is then removed must not be made again behind it."""
+    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments, **named))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait((work,))
+        if not work.cancelled():
+            work.exception()  # nobody else will ask for it
+        raise
 
 
 def _listen(path: str) -> socket.socket:

@@ -314,6 +314,18 @@ def test_sigterm_leaves_no_process_behind(bridge: Driver) -> None:
     until(lambda: not is_alive(pid), "the child is gone")
 
 
+@pytest.mark.parametrize("end", ["terminate", "shutdown"])
+def test_a_silent_child_of_a_command_that_is_over_does_not_outlive_the_bridge(bridge: Driver, end: str) -> None:
+    first = int(bridge.exec("sleep 433 >/dev/null 2>&1 & echo $!")["stdout"])
+    second = int(bridge.exec("sleep 433 >/dev/null 2>&1 & echo $!")["stdout"])
+    if end == "terminate":
+        bridge.process.terminate()
+    else:
+        bridge.send("shutdown")
+    assert bridge.process.wait(WAIT) == 0
+    until(lambda: not is_alive(first) and not is_alive(second), "the children are gone")
+
+
 def test_a_bridge_that_nobody_connects_to_ends_itself(data_dir: str) -> None:
     started = Driver(Path(data_dir), orphan_timeout=0.2)
     try:

@@ -648,3 +648,11 @@ async def test_both_clients_speak_tls(tls_stub: tuple[StubServer, ssl.SSLContext
 def test_tls_without_a_trusted_certificate_is_a_connection_failure(stub: StubServer) -> None:
     with pytest.raises(ConnectionFailed):
         AshClient(stub.url.replace("http", "https"), timeout=2, ssl_context=ssl.create_default_context()).health()
+
+
+async def test_the_async_client_sends_a_stored_key_only_when_asked(stub: StubServer) -> None:
+    stub.key = "kept"
+    client = AsyncAshClient(stub.url, stored_key="kept")
+    assert [agent.name for agent in await client.list_agents()] == ["my-agent"]
+    assert (await client.send_message((await client.create_session("my-agent")).id, "Hi")).text == "Hello, Ada."
+    assert [headers.get("Authorization") for *_, headers in stub.requests] == [None, "Bearer kept"] * 3

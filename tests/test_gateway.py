@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import os
+import resource
 import socket
 import stat
 import tempfile
@@ -22,6 +24,8 @@ from ash.config import Secret, load_config
 from ash.errors import ConfigError, ModelRefused, SandboxFailed
 from ash.gateway import DEFAULT_MODEL, Gateway, ModelAccess
 from ash.providers import Timing, redact, refused, retry
+from ash.providers.doorway import MAX_CONNECTIONS
+from ash.providers.intake import parse_fairly
 from ash.providers.meter import Meter
 
 KEY = "sk-ant-test-0123456789"
@@ -153,7 +157,7 @@ class Rig:
     async def ask(
         self, body: Any = ASK, path: str = "/v1/messages", *, sandbox_id: str = "sb", method: str = "POST", **headers: str
     ) -> Answer:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        data = io.BytesIO(body if isinstance(body, bytes) else json.dumps(body).encode())
         sent = {"content-type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
         async with (
             self.client(sandbox_id) as session,
@@ -347,6 +351,152 @@ async def test_more_calls_at_once_than_allowed_are_refused(monkeypatch: pytest.M
     ):
         assert (await rig.ask()).status == 429
     assert len(upstream.requests) == 1
+
+
+# What a sandbox may take up
+
+
+def padded(size: int, filler: str = "x") -> bytes:
+    return json.dumps({**ASK, "metadata": {"filler": filler * size}}).encode()
+
+
+@asynccontextmanager
+async def connections(rig: Rig, count: int) -> AsyncIterator[list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]:
+    opened = [await asyncio.open_unix_connection(rig.path()) for _ in range(count)]
+    try:
+        yield opened
+    finally:
+        for _, writer in opened:
+            writer.close()
+
+
+async def count_closed(opened: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]], expected: int) -> None:
+    async def is_closed(reader: asyncio.StreamReader) -> bool:
+        try:
+            return await asyncio.wait_for(reader.read(1), 0.01) == b""
+        except (TimeoutError, ConnectionError) as error:
+            return isinstance(error, ConnectionError)
+
+    async with asyncio.timeout(5):
+        while sum([await is_closed(reader) for reader, _ in opened]) != expected:
+            pass
+
+
+async def test_connections_beyond_the_limit_are_closed_at_once_and_another_sandbox_is_still_served() -> None:
+    async with connected(stream(WHOLE)) as (rig, _), connections(rig, MAX_CONNECTIONS + 30) as opened:
+        await count_closed(opened, 30)
+        await rig.open("other")
+        assert (await rig.ask(sandbox_id="other")).status == 200
+
+
+async def test_places_that_get_free_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ash.providers.doorway.MAX_CONNECTIONS", 2)
+    async with connected(stream(WHOLE)) as (rig, _):
+        statuses = [(await rig.ask()).status for _ in range(6)]
+    assert statuses == [200] * 6
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/messages HTTP/1.1\r\nHost: g\r\n"])
+async def test_a_connection_without_a_whole_head_is_closed_after_a_while(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ash.providers.doorway.IDLE_SECONDS", 0.05)
+    async with connected(stream(WHOLE)) as (rig, _), connections(rig, 1) as [(reader, writer)]:
+        writer.write(sent)
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+
+
+async def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ash.providers.intake.BODY_SECONDS", 0.05)
+    async with connected(stream(WHOLE)) as (rig, upstream), connections(rig, 1) as [(reader, writer)]:
+        writer.write(b"POST /v1/messages HTTP/1.1\r\nHost: g\r\nContent-Length: 100\r\n\r\n{")
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert upstream.requests == []
+
+
+async def test_a_closed_sandboxs_idle_connections_end() -> None:
+    async with connected(stream(WHOLE)) as (rig, _), connections(rig, 3) as opened:
+        await rig.ask()
+        await rig.gateway.close("sb")
+        await count_closed(opened, 3)
+
+
+async def test_the_soft_limit_of_descriptors_is_raised_at_the_start() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        async with rigged():
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 256
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_a_large_body_arrives_byte_for_byte_too() -> None:
+    body = padded(3_000_000)
+    async with connected(stream(WHOLE)) as (rig, upstream):
+        assert (await rig.ask(body)).status == 200
+    assert upstream.requests[0][2] == body
+
+
+@pytest.mark.parametrize("part", ["[],", '{"a":1},'])
+async def test_a_body_of_too_many_parts_is_refused_before_it_is_parsed(part: str) -> None:
+    body = b'{"model": "claude-x", "messages": [' + part.encode() * 600_000 + b"1]}"
+    async with connected(stream(WHOLE)) as (rig, upstream):
+        answer = await rig.ask(body)
+    assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
+    assert "brackets, braces and commas" in answer.error["message"]
+    assert upstream.requests == []
+
+
+async def test_a_large_body_that_is_not_json_is_refused() -> None:
+    async with connected(stream(WHOLE)) as (rig, _):
+        statuses = [(await rig.ask(body)).status for body in (padded(300_000)[:-1], b"[" * 300_000, b"\xff" * 300_000)]
+    assert statuses == [400, 400, 400]
+
+
+async def test_a_sandbox_whose_calls_hold_too_much_is_refused_until_they_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ash.providers.intake.MAX_SANDBOX_BYTES", 10_000)
+    async with connected(stream(frames(START), then="hang"), stream(WHOLE)) as (rig, _):
+        await rig.open("other")
+        async with rig.client() as session, session.post("http://gateway/v1/messages", data=padded(8000)) as response:
+            await response.content.readany()
+            refused_answer, other = await rig.ask(padded(8000)), await rig.ask(padded(8000), sandbox_id="other")
+        await until(lambda: not rig.gateway._intake.held)
+        assert (await rig.ask(padded(8000))).status == 200
+    assert (refused_answer.status, refused_answer.error["type"], other.status) == (429, "rate_limit_error", 200)
+
+
+async def test_all_sandboxes_together_hold_no_more_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ash.providers.intake.MAX_TOTAL_BYTES", 10_000)
+    async with connected(stream(frames(START), then="hang"), stream(WHOLE)) as (rig, _):
+        await rig.open("other")
+        async with rig.client() as session, session.post("http://gateway/v1/messages", data=padded(8000)) as response:
+            await response.content.readany()
+            assert (await rig.ask(padded(8000), sandbox_id="other")).status == 429
+
+
+@pytest.mark.parametrize("text", ['{"a": [1, -2.5e3, true, null, "\\u00e9\\ud83d\\ude00"], "b": {}}', '\ufeff{"a": 1}', "[NaN]"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_the_fair_parser_reads_what_the_usual_one_reads(text: str, encoding: str) -> None:
+    body = text.removeprefix("\ufeff" if encoding == "utf-16" else "").encode(encoding)
+    assert repr(parse_fairly(body)) == repr(json.loads(body))
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1,]", b'{"a" 1}', b'{"a": 1} x', b"\xff"])
+def test_the_fair_parser_refuses_what_the_usual_one_refuses(body: bytes) -> None:
+    for parse in (json.loads, parse_fairly):
+        with pytest.raises(ValueError):  # noqa: PT011 - the decoder's and the codec's errors have no other base
+            parse(body)
+
+
+async def test_a_huge_conversation_with_the_offline_model_leaves_the_loop_free() -> None:
+    messages = [{"role": "user", "content": "hi"}] * 60_000
+    async with rigged() as rig:
+        await rig.open()
+        task = asyncio.create_task(rig.ask({**ASK, "messages": messages}))
+        await rig.open("other")
+        assert (await rig.ask(sandbox_id="other")).status == 200
+        assert not task.done()
+        assert (await task).events[-1] == STOP
 
 
 # Errors, retries, breaks

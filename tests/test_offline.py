@@ -14,6 +14,8 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ash import offline
 from ash.errors import ConfigError, ModelRefused, StreamBroken
@@ -436,8 +438,8 @@ def tool_use(id: str = "t1") -> Json:
     return {"role": "assistant", "content": [{"type": "tool_use", "id": id, "name": "Bash", "input": {}}]}
 
 
-def tool_result(id: str = "t1") -> Json:
-    return {"role": "user", "content": [{"type": "tool_result", "tool_use_id": id, "content": "ok"}]}
+def tool_result(id: str = "t1", content: Any = "ok") -> Json:
+    return {"role": "user", "content": [{"type": "tool_result", "tool_use_id": id, "content": content}]}
 
 
 def without(name: str) -> Json:
@@ -503,6 +505,117 @@ def test_what_the_real_api_refuses_is_refused(body: Any, words: str) -> None:
     assert (caught.value.status, caught.value.kind) == (400, "invalid_request_error")
 
 
+UNUSUAL: list[tuple[Any, str]] = [
+    (request(user("hi"), tool_use(), tool_result(content=[1])), "messages.2.content.0.tool_result.content.0.type"),
+    (request(user("hi"), tool_use(), tool_result(content=[{"type": "text"}])), "tool_result.content.0.text.text"),
+    (request(user("hi"), system=[1]), "system.0: Input should be a text block"),
+    (request(user("hi"), system=[{"type": "text"}]), "system.0: Input should be a text block"),
+    (request(user("hi"), {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": [], "input": {}}]}, user("x")),
+     "tool_use.name: Input should be a valid string"),
+    (request(user("hi"), {"role": "assistant", "content": [{"type": "tool_use", "id": {}, "name": "x", "input": {}}]}, user("x")),
+     "tool_use.id: Input should be a valid string"),
+    (request(user("hi"), tools=TOOLS, tool_choice="any"), "tool_choice: Input should have"),
+    (request(user("hi"), output_config=[1]), "output_config: Input should be an object"),
+    (request(user("hi"), output_config={"format": "json"}), "output_config.format: Input should be an object"),
+    (request(user("hi"), output_format=1), "output_format: Input should be an object"),
+    (request(*[user("hi")] * 100_001), "at most 100000 messages are allowed, got 100001"),
+    (request(user("hi"), metadata=json.loads("[" * 300 + "]" * 300)), "nested more than 200 deep"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "words"), UNUSUAL, ids=[words[:40] for _, words in UNUSUAL])
+def test_values_of_another_type_are_refused(body: Any, words: str) -> None:
+    with pytest.raises(ModelRefused) as caught:
+        offline.check(body)
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize("name", USUAL)
+@pytest.mark.parametrize("input", ["{}", '{"todos": 3, "command": 1, "file_path": null, "pattern": []}'])
+def test_a_call_without_its_usual_input_is_made_all_the_same(name: str, input: str) -> None:
+    talk = Talk()
+    assert calls(talk.say(f"call {name} with {input}")) == [(name, json.loads(input))]
+    assert said(talk.results("done"))
+    only_bash = answer(user(f"call {name} with {input}"), tools=TOOLS[:1])
+    assert said(only_bash)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [user("hi")] * 60_000,
+        [user("hi"), *(message for number in range(20_000) for message in (tool_use(f"t{number}"), tool_result(f"t{number}")))],
+        [user("<system-reminder>" * 200_000)],
+    ],
+    ids=["neighbours", "tool calls", "reminders"],
+)
+async def test_a_huge_conversation_takes_time_in_proportion(messages: list[Json]) -> None:
+    assert (await asyncio.wait_for(asyncio.to_thread(answer, *messages), 5))["type"] == "message"
+
+
+def test_names_repeated_in_a_schema_are_filled_once() -> None:
+    schema: Json = {"type": "string"}
+    for _ in range(8):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"] * 50}
+    assert calls(answer(user("hi"), tools=[{"name": "x", "input_schema": schema}], tool_choice={"type": "any"}))
+
+
+WORDS = st.sampled_from(
+    ["hi", "run `ls`", "read a.txt", "call Read with {}", "what is 1/0?", "text", "object", "any", "enabled", "Bash", "t1"]
+)
+NAMES = st.sampled_from(
+    ["type", "text", "name", "content", "input", "format", "schema", "properties", "required", "enum", "minimum", "items"]
+)
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | WORDS | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@st.composite
+def odd_requests(draw: st.DrawFn) -> Json:
+    """A request that would be taken, with anything at all in a few of its places."""
+    call = {
+        "type": "tool_use",
+        "id": "t1",
+        "name": draw(st.sampled_from([*USUAL, "x"])),
+        "input": draw(st.dictionaries(NAMES, ANY, max_size=3)),
+    }
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": draw(st.just("ok") | ANY)}
+    messages = [user(draw(WORDS)), {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    schema = {"type": "object", "properties": draw(ANY), "required": draw(ANY)}
+    asked = request(*messages[: draw(st.sampled_from([1, 3]))], tools=[*TOOLS, {"name": "x", "input_schema": schema}])
+    fields = (
+        "system",
+        "tool_choice",
+        "output_config",
+        "output_format",
+        "thinking",
+        "stop_sequences",
+        "cache_control",
+        "metadata",
+        "max_tokens",
+    )
+    odd = draw(st.dictionaries(st.sampled_from(fields), ANY | st.just({"type": "tool", "name": "x"}), max_size=3))
+    places = [*asked["messages"], call, result, *asked["tools"][-2:]] if draw(st.booleans()) else []
+    for place in places[: draw(st.integers(0, 2))]:
+        asked["tools"] = [dict(tool) for tool in asked["tools"]]
+        place[draw(st.sampled_from(sorted(place)))] = draw(ANY)
+    return {**asked, **odd}
+
+
+@settings(max_examples=300, deadline=None)
+@given(asked=odd_requests() | ANY)
+def test_no_request_whatever_makes_the_model_fail(asked: Any) -> None:
+    try:
+        checked = offline.check(asked)
+    except ModelRefused:
+        return
+    answered = offline.Player().answer(checked)
+    json.dumps([stream.message(checked, answered), list(stream.events(checked, answered)), offline.count_request(checked)])
+
+
 def test_neighbours_of_one_role_count_as_one_turn() -> None:
     offline.check(request(user("a"), user("b"), tool_use("x"), tool_use("y"), tool_result("x"), tool_result("y"), user("c")))
 
@@ -564,7 +677,7 @@ def test_chunk_sets_the_size_of_the_deltas() -> None:
 
 
 async def played(asked: Json, answer: stream.Answer) -> list[Json]:
-    async with aclosing(offline.play(asked, answer)) as chunks:
+    async with aclosing(offline.play(stream.events(asked, answer), answer)) as chunks:
         return [frame.data for frame in Decoder().feed(b"".join([chunk async for chunk in chunks]))]
 
 
@@ -595,7 +708,8 @@ async def test_an_error_can_come_in_the_middle_of_the_stream() -> None:
 
 async def test_a_cut_breaks_the_stream_after_so_many_events() -> None:
     asked = request(user("a"))
-    chunks = offline.play(asked, player({"text": "words", "cut": 4}).answer(asked))
+    scripted = player({"text": "words", "cut": 4}).answer(asked)
+    chunks = offline.play(stream.events(asked, scripted), scripted)
     assert len(list(Decoder().feed(await anext(chunks)))) == 4
     with pytest.raises(StreamBroken):
         await anext(chunks)
@@ -609,7 +723,7 @@ async def test_a_hang_sends_no_more() -> None:
         await asyncio.wait_for(offline.wait(player({"hang": True}).answer(asked)), 0.02)
     scripted = player({"text": "words", "hang": 2}).answer(asked)
     await offline.wait(scripted)
-    chunks = offline.play(asked, scripted)
+    chunks = offline.play(stream.events(asked, scripted), scripted)
     assert b"content_block_start" in await anext(chunks)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(anext(chunks), 0.02)

@@ -31,7 +31,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", action="store_true", help="do not end the session; its id goes to stderr")
     parser.add_argument("--session", "--session-id", "-s", metavar="ID", help="continue this session; it is not ended either")
     parser.add_argument("--data-dir", help="run on this data folder, with a server for the duration if none runs on it")
-    add_env(parser, "a variable for the tools of an agent folder")
+    add_env(parser, "a variable for the tools of this session")
     turn.add_options(parser)
 
 
@@ -55,6 +55,8 @@ def _not_empty(text: str) -> str:
 def _chat(args: argparse.Namespace, terminal: Terminal) -> int:
     with _tidy_end() as stack:
         if args.session:
+            if args.env:
+                raise UsageError("-e belongs to a new session; this one keeps the variables it was created with")
             client = _server_of_session(args, terminal, stack)
             session = client.get_session(args.session)
             message = read_message(_without_agent(args.words, session))
@@ -91,11 +93,12 @@ def _talk(client: AshClient, session: Session, message: str | None, args: argpar
 
 
 def _open_session(client: AshClient, name: str, agent: str, args: argparse.Namespace, terminal: Terminal) -> Session:
+    env = dict(args.env) or None
     try:
-        return client.create_session(name, model=args.model)
+        return client.create_session(name, model=args.model, extra_env=env)
     except AgentNotFound as error:
         if _is_agent_folder(agent):
-            return client.create_session(deploy(client, agent, terminal, env=args.env).name, model=args.model)
+            return client.create_session(deploy(client, agent, terminal).name, model=args.model, extra_env=env)
         known = ", ".join(found.name for found in client.list_agents())
         error.hint = f"deployed: {known}" if known else "none is deployed yet; `ash deploy ./my-agent` uploads a folder"
         raise
@@ -129,7 +132,7 @@ def _connect(agent: str, args: argparse.Namespace, terminal: Terminal, stack: Ex
         raise AgentUnusable(f"{agent} is not an agent folder: there is no {os.path.join(path, 'CLAUDE.md')}")
     client = _running_server(agent, args, terminal) or _embedded_server(args, terminal, stack)
     if _is_path(agent):
-        return client, deploy(client, path, terminal, env=args.env).name
+        return client, deploy(client, path, terminal).name
     return client, agent
 
 
@@ -230,8 +233,8 @@ def _tidy_end() -> Iterator[ExitStack]:
 
 
 def _converse(client: AshClient, session: Session, args: argparse.Namespace, terminal: Terminal) -> int:
-    """Ask for messages until Ctrl-D. A turn that fails does not end the conversation."""
-    terminal.note(f"Talking to {session.agent_name}. Ctrl-C interrupts an answer, Ctrl-D leaves.", DIM)
+    """Ask for messages until Ctrl-D or `exit`. A turn that fails does not end the conversation."""
+    terminal.note(f"Talking to {session.agent_name}. Ctrl-C interrupts an answer, `exit` or Ctrl-D leaves.", DIM)
     options = turn.options_of(args)
     with _history():
         while True:
@@ -243,6 +246,8 @@ def _converse(client: AshClient, session: Session, args: argparse.Namespace, ter
             except KeyboardInterrupt:
                 terminal.note("\n(Ctrl-D leaves)", DIM)
                 continue
+            if text.strip() in ("exit", "quit"):
+                return 0
             if not text.strip():
                 continue
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from ash.cli.terminal import Terminal
 from ash.errors import ConfigError
@@ -17,17 +17,28 @@ class UsageError(ConfigError):
 
 
 class Command(NamedTuple):
-    """One command. `talks` says that it talks to a server, and so takes its address and key."""
+    """One command. `talks` says that it talks to a server, and so takes its address and key.
+
+    `ends_literally`: its last argument takes all words from its first one on as they are, options too.
+    """
 
     help: str
     run: Callable[[argparse.Namespace, Terminal], int]
     configure: Callable[[argparse.ArgumentParser], None] | None = None
     talks: bool = True
+    ends_literally: bool = False
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what does not fit; the usage of some commands fills a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see: {self.prog} --help\n")
 
 
 def parse(command: Command, prog: str, arguments: Sequence[str]) -> argparse.Namespace:
     """The arguments of a command. Options may stand anywhere between the others. Exits with 2 when they do not fit."""
-    parser = argparse.ArgumentParser(prog=prog, description=command.help, allow_abbrev=False)
+    parser = _Parser(prog=prog, description=command.help, allow_abbrev=False)
     if command.configure is not None:
         command.configure(parser)
     common = parser.add_argument_group("common options")
@@ -42,11 +53,29 @@ def parse(command: Command, prog: str, arguments: Sequence[str]) -> argparse.Nam
     if "--" in before:
         position = before.index("--")
         before, separator, after = before[:position], ["--"], before[position + 1 :]
+    if command.ends_literally:
+        return _parse_literal_end(parser, before, separator + after)
     if not separator:
         return parser.parse_intermixed_args(before)
     # What follows `--` is taken literally; argparse would look for options in it a second time.
-    marked = ["\0" + word for word in after]
-    args = parser.parse_intermixed_args(before + marked)
+    return _unmarked(parser.parse_intermixed_args(before + _marked(after)))
+
+
+def _parse_literal_end(parser: argparse.ArgumentParser, before: list[str], after: list[str]) -> argparse.Namespace:
+    """The last argument is one of argparse.PARSER, called `words`. A `--` among them is theirs, one before them is not."""
+    args = _unmarked(parser.parse_args(before + _marked(after)))
+    if args.words[0] == "--":
+        del args.words[0]
+    if not args.words:
+        parser.error("the following arguments are required: command")
+    return args
+
+
+def _marked(words: list[str]) -> list[str]:
+    return ["\0" + word for word in words]
+
+
+def _unmarked(args: argparse.Namespace) -> argparse.Namespace:
     for name, value in vars(args).items():
         setattr(args, name, _unmark(value))
     return args

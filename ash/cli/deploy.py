@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ash.cli import profile
 from ash.cli.command import Command, key_value
-from ash.cli.terminal import DIM, Terminal
+from ash.cli.terminal import DIM, YELLOW, Terminal
 from ash.errors import InvalidRequest
 from ash.models import RESERVED_VARIABLES
 
@@ -54,6 +54,9 @@ def deploy(client: AshClient, path: str, terminal: Terminal, *, name: str | None
 
     agent = client.deploy_agent(wanted, path, env=variables or None, on_progress=show)
     terminal.clear_progress()
+    ignored = agent.config.get("ignored")
+    if isinstance(ignored, list) and ignored:
+        terminal.note(f"Not used yet: {', '.join(map(str, ignored))}", YELLOW)
     return agent
 
 

@@ -86,6 +86,11 @@ def address(args: argparse.Namespace) -> Address:
     return Address(url, source, key or None, key_source)
 
 
+def default_url() -> str:
+    """The server that commands talk to when no option names one."""
+    return address(argparse.Namespace(server=None, api_key=None)).url
+
+
 def _first(*candidates: tuple[str | None, str]) -> tuple[str, str]:
     return next(((value, source) for value, source in candidates if value), ("", ""))
 

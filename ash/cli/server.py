@@ -10,8 +10,8 @@ from contextlib import suppress
 
 from ash.cli import local, profile
 from ash.cli.command import Command, UsageError
-from ash.cli.terminal import DIM, Terminal
-from ash.config import SETTINGS, Config, Secret, load_config
+from ash.cli.terminal import DIM, YELLOW, Terminal
+from ash.config import SETTINGS, Config, Secret, Setting, load_config
 from ash.errors import AshError, ConfigError, NotFound, Timeout
 
 _STOP_SLACK = 15.0
@@ -31,9 +31,9 @@ def _configure_start(parser: argparse.ArgumentParser) -> None:
     )
     # Given by `ash chat` alone, for the temporary folder it made: a chat that is killed cannot remove it.
     parser.add_argument("--remove-data-dir", action="store_true", help=argparse.SUPPRESS)
-    settings = parser.add_argument_group("settings", "each can be given by its variable too; `ash config` shows what is in force")
+    settings = parser.add_argument_group("settings", "each can be given by its variable too; `ash config` shows what a start would use")
     for setting in SETTINGS:
-        words = "|".join(setting.kind) if isinstance(setting.kind, tuple) else setting.name.rpartition("_")[2].upper()
+        words = _metavar(setting)
         default = "" if setting.default in (None, "", False) else f" (default {setting.default})"
         text = f"{setting.help}{default} [{setting.env}]".replace("%", "%%")
         if setting.kind is bool:
@@ -42,12 +42,22 @@ def _configure_start(parser: argparse.ArgumentParser) -> None:
             settings.add_argument(setting.flag, dest=setting.name, metavar=words, help=text)
 
 
+def _metavar(setting: Setting) -> str:
+    """What stands for the value in the help."""
+    if isinstance(setting.kind, tuple):
+        return "|".join(setting.kind)
+    by_unit = {"mb": "MIB", "timeout": "SECONDS", "interval": "SECONDS"}
+    last = setting.name.rpartition("_")[2]
+    return by_unit.get(last) or ("N" if setting.kind in (int, float) else last.upper())
+
+
 def _start(args: argparse.Namespace, terminal: Terminal) -> int:
     config = load_config({setting.name: getattr(args, setting.name) for setting in SETTINGS})
     if args.remove_data_dir and not local.is_temporary(config.data_dir):
         raise UsageError(f"{config.data_dir} is no temporary folder of `ash chat`; start without --remove-data-dir, and remove it yourself")
     running = local.find(config.data_dir)
     if running is not None:
+        _say_ignored(args, running, terminal)
         return _say_started(running, terminal, "Ash runs already")
     if args.detach:
         return _detach(args, config, terminal)
@@ -124,7 +134,31 @@ def _say_started(server: local.LocalServer, terminal: Terminal, what: str) -> in
         terminal.data({"pid": server.pid, "url": server.url, "version": server.version, "dataDir": server.data_dir})
     else:
         terminal.line(f"{what}: {server.url} (pid {server.pid}, data in {server.data_dir})")
+        if not profile.same(server.url, profile.default_url()):
+            terminal.line(f"To use it: export ASH_SERVER_URL={server.url} (or: ash link {server.url})")
+    _say_warnings(server, terminal)
     return 0
+
+
+def _say_warnings(server: local.LocalServer, terminal: Terminal) -> None:
+    """What its log says at the start, and nobody sees who started it in the background."""
+    from ash.client import AshClient
+
+    with suppress(AshError):  # the server runs all the same
+        health = AshClient(server.url, timeout=10).health()
+        notice = str(health.model.get("notice") or "") if health.is_offline else ""
+        for warning in dict.fromkeys([*health.warnings, *([notice] if notice else [])]):
+            terminal.note(f"Warning: {warning}", YELLOW)
+
+
+def _say_ignored(args: argparse.Namespace, server: local.LocalServer, terminal: Terminal) -> None:
+    """The options that the server which runs already does not have, as far as its address tells."""
+    address = server.url.partition("://")[2]
+    in_force = {"host": [address.rpartition(":")[0]], "port": [address.rpartition(":")[2], "0"], "data_dir": [args.data_dir]}
+    given = [setting for setting in SETTINGS if getattr(args, setting.name) is not None]
+    ignored = [setting.flag for setting in given if getattr(args, setting.name) not in in_force.get(setting.name, [])]
+    if ignored:
+        terminal.note(f"Ignored, because a server runs on that data folder: {', '.join(ignored)}. `ash stop` comes first.", YELLOW)
 
 
 # stop
@@ -160,9 +194,11 @@ def _stop(args: argparse.Namespace, terminal: Terminal) -> int:
 
 
 def _status(args: argparse.Namespace, terminal: Terminal) -> int:
-    """The server of this machine; without one, whether the server that commands talk to answers."""
+    """The server of this machine; without one, unless a data folder is named, whether the server that commands talk to answers."""
     config = _data_config(args)
     server = None if args.server else local.find(config.data_dir)
+    if server is None and args.data_dir and not args.server:
+        return _say_none_runs(config.data_dir, terminal)
     url = server.url if server is not None else profile.address(args).url
     from ash.cli.health import describe
     from ash.client import AshClient
@@ -186,6 +222,14 @@ def _status(args: argparse.Namespace, terminal: Terminal) -> int:
     for line in describe(health):
         terminal.line(line)
     return 0
+
+
+def _say_none_runs(data_dir: str, terminal: Terminal) -> int:
+    if terminal.is_json:
+        terminal.data({"running": False, "dataDir": data_dir})
+    else:
+        terminal.line(f"No server runs on {data_dir}. Start one with `ash start --data-dir {data_dir}`.")
+    return 1
 
 
 # logs

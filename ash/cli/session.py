@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ash.cli import profile, turn
 from ash.cli.command import Command, UsageError, names
 from ash.cli.deploy import add_env
 from ash.cli.terminal import CYAN, DIM, Terminal, shorten
-from ash.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from ash.client import Event, Session, SessionOptions
@@ -34,7 +32,6 @@ def _configure_create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--permission-mode", metavar="MODE", help="how tools are permitted")
     parser.add_argument("--allowed-tools", type=names, metavar="NAMES", help="tools that may be used, separated by commas")
     parser.add_argument("--disallowed-tools", type=names, metavar="NAMES", help="tools that may not")
-    parser.add_argument("--mcp-config", metavar="FILE", help="JSON file with an mcpServers object")
     add_env(parser, "a variable for the session's tools")
 
 
@@ -46,21 +43,9 @@ def _create(args: argparse.Namespace, terminal: Terminal) -> int:
         "allowed_tools": args.allowed_tools,
         "disallowed_tools": args.disallowed_tools,
         "extra_env": dict(args.env) or None,
-        "mcp_servers": _read_mcp(args.mcp_config) if args.mcp_config else None,
     }
     session = profile.client(args).create_session(args.agent, **options)
     return _show(session, terminal, "created")
-
-
-def _read_mcp(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            servers = json.load(file).get("mcpServers")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InvalidRequest(f"{path} cannot be used: {error}") from error
-    if not isinstance(servers, dict):
-        raise InvalidRequest(f"{path} must hold an object with `mcpServers`")
-    return servers
 
 
 def _show(session: Session, terminal: Terminal, what: str) -> int:
@@ -132,9 +117,10 @@ def _interrupt(args: argparse.Namespace, terminal: Terminal) -> int:
 
 def _configure_exec(parser: argparse.ArgumentParser) -> None:
     _configure_id(parser)
-    parser.add_argument("words", nargs="+", metavar="command", help="a shell command, or -- and its words")
+    parser.add_argument("words", nargs=argparse.PARSER, metavar="command", help="a shell command, or a program and its arguments")
     parser.add_argument("--timeout", type=int, default=30_000, metavar="MS", help="how long it may take, in milliseconds (default 30000)")
     parser.add_argument("--cwd", help="folder to run it in")
+    parser.epilog = "Options of this command stand before the command that is to run; all from there on belongs to that."
 
 
 def _exec(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -235,7 +221,7 @@ COMMANDS = {
     "end": Command("End a session for good.", _change("end_session", "ended"), _configure_id),
     "fork": Command("Make a new session that continues from here.", _change("fork_session", "forked"), _configure_id),
     "interrupt": Command("End the turn that is running.", _interrupt, _configure_id),
-    "exec": Command("Run a command in the session's sandbox; its exit code is passed on.", _exec, _configure_exec),
+    "exec": Command("Run a command in the session's sandbox; its exit code is passed on.", _exec, _configure_exec, ends_literally=True),
     "tail": Command("Follow a session's events, past ones first.", _tail, _configure_tail),
     "messages": Command("Show the conversation; JSON when piped.", _messages, _configure_messages),
     "logs": Command("Show what the session's sandbox logged.", _logs, _configure_logs),

@@ -1,4 +1,7 @@
-"""`ash config`: every setting of the server with its value and its source, and the server that commands talk to. Secrets are masked."""
+"""`ash config`: every setting as a start of the server would use it, with its source, and the server that commands talk to.
+
+Secrets are masked.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,7 @@ def _config(args: argparse.Namespace, terminal: Terminal) -> int:
         terminal.data({"settings": settings, "client": {"serverUrl": where.url, "source": where.source, **key, "home": profile.home()}})
         return 0
     rows = [(row.name, _text(_shown(getattr(config, row.name))), config.sources[row.name], row.env) for row in SETTINGS]
+    terminal.line("What `ash start` would use here and now; a server that runs may have been started with other settings.\n")
     terminal.table(("SETTING", "VALUE", "SOURCE", "VARIABLE"), rows)
     terminal.line(
         f"\nCommands talk to {where.url} ({where.source}), {f'with the key from {where.key_source}' if where.key else 'without a key'}."
@@ -44,4 +48,4 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-COMMANDS = {"config": Command("Show every setting of the server, its value and where it comes from.", _config)}
+COMMANDS = {"config": Command("Show every setting as `ash start` would use it here and now, and where it comes from.", _config)}

@@ -53,6 +53,7 @@ class Terminal:
         self.has_colors = self.err_is_tty and not is_plain
         self._sanitizer = Sanitizer()
         self._is_mid_line = False
+        self._is_paused = False
         self._has_progress = False
 
     def paint(self, text: str, *styles: str) -> str:
@@ -63,15 +64,24 @@ class Terminal:
         """Text of the model, on stdout, as it arrives."""
         self.clear_progress()
         text = self._sanitizer.feed(text) if self.out_is_tty else text
+        if text and self._is_paused:
+            self._is_paused = False
+            text = text.removeprefix("\n")  # the pause has ended that line already
         self._write(self.out, text)
         if text:
             self._is_mid_line = not text.endswith("\n")
+
+    def pause_answer(self) -> None:
+        """Something is about to be noted amid the answer: it begins on a line of its own, wherever the two streams end up."""
+        if self._is_mid_line:
+            self.end_answer()
+            self._is_paused = True
 
     def end_answer(self) -> None:
         """Close the last line of an answer."""
         if self._is_mid_line:
             self._write(self.out, "\n")
-            self._is_mid_line = False
+        self._is_mid_line = self._is_paused = False
 
     def line(self, text: str) -> None:
         """A line of the command's own output, on stdout."""

@@ -86,7 +86,7 @@ class TurnView:
         self._terminal = terminal
         self._is_quiet = is_quiet
         self._answer = Answer()
-        self._names: dict[str, str] = {}
+        self._shortfall = ""
         self.exit_code = 0
 
     def show(self, event: Event) -> None:
@@ -99,11 +99,14 @@ class TurnView:
     def _print(self, event: Event) -> None:
         self._terminal.answer(self._answer.feed(event))
         if event.type == "tool_use" and not self._is_quiet:
+            self._terminal.pause_answer()
             self._terminal.note(f"→ {tool_call(event.data, self._terminal.width() - 4)}", CYAN)
         elif event.type == "tool_result" and not self._is_quiet:
             failed = bool(event.data.get("is_error"))
+            self._terminal.pause_answer()
             self._terminal.note("  " + tool_result(event.data, self._terminal.width() - 4), RED if failed else DIM)
         elif event.type == "error":
+            self._terminal.pause_answer()
             self._terminal.error(str(event.data))
 
     def _judge(self, event: Event) -> None:
@@ -111,13 +114,19 @@ class TurnView:
             self.exit_code = FAILED
         elif event.type == "message" and event.data.get("type") == "result" and event.data.get("is_error"):
             self.exit_code = FAILED
-            reason = str(event.data.get("subtype") or "").removeprefix("error_").replace("_", " ")
-            if not self._terminal.is_json:
-                self._terminal.error(f"the turn ended early: {reason or 'error'}")
+            self._shortfall = str(event.data.get("subtype") or "").removeprefix("error_").replace("_", " ") or "error"
         elif event.type == "done" and event.data.get("status") == "interrupted":
             self.exit_code = INTERRUPTED
-        elif event.type == "done" and event.data.get("status") == "failed":
-            self.exit_code = FAILED
+        elif event.type == "done":
+            self._say_shortfall()
+            if event.data.get("status") == "failed":
+                self.exit_code = FAILED
+
+    def _say_shortfall(self) -> None:
+        """Why the turn ended early; said at its end, because an interrupted turn is no error."""
+        if self._shortfall and not self._terminal.is_json:
+            self._terminal.pause_answer()
+            self._terminal.error(f"the turn ended early: {self._shortfall}")
 
 
 def tool_call(data: Any, width: int) -> str:

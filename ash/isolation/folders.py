@@ -6,13 +6,14 @@ Never follows a link: what lies in a workspace was made by somebody hostile. Eve
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import shutil
 import stat
+import threading
 import zlib
-from collections.abc import Collection
+from collections.abc import Iterator
 
-from ash.errors import CapacityReached, SandboxFailed
+from ash.errors import CapacityReached, InvalidRequest, SandboxFailed
 
 PARTS = ("workspace", "home", "agent")
 DIGEST_FILE = "agent.digest"
@@ -23,6 +24,9 @@ MAX_SOCKET_PATH = 100
 
 # Below the range that Linux distributions hand out for containers of users (from 100000), above all ordinary accounts.
 UIDS = range(65_600, 99_900)
+MAX_COPY_DEPTH = 200
+MAX_COPY_BYTES = 16 * 1024**3
+"""Most that one copy of a session's files may take; hard links would otherwise multiply what is on disk."""
 _CHUNK = 1024 * 1024
 
 
@@ -94,12 +98,17 @@ def _give_group(path: str, uid: int | None, mode: int) -> None:
 
 
 class Uids:
-    """Hands each sandbox of a root server a host uid that no other sandbox and no other session's folder has."""
+    """Hands each sandbox of a root server a host uid that no other sandbox and no other session's folder has.
+
+    A uid is *held* by a sandbox that starts or runs, by its id, and *used* while a folder belongs to it. Safe to call from threads.
+    """
 
     def __init__(self, data_dir: str) -> None:
         # Two servers of one host begin at different places.
         self._next = zlib.crc32(os.fsencode(data_dir)) % len(UIDS)
         self._used: set[int] = set()
+        self._held: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     def scan(self, sessions: str) -> None:
         """Learn the owners of the sessions' folders on disk."""
@@ -107,34 +116,45 @@ class Uids:
             for entry in entries:
                 uid = find_owner(entry.path)
                 if uid is not None:
-                    self._used.add(uid)
+                    self.reserve(uid)
 
-    def take(self, live: Collection[int]) -> int:
-        """A uid that nothing has; `live` are those of running sandboxes."""
-        uid = self._find_free()
-        if uid is None:
-            # Every one has belonged to some session by now. Two sessions may share one as long as they do not run together.
-            self._used = set(live)
-            uid = self._find_free()
-        if uid is None:
-            raise CapacityReached(f"capacity reached: all {len(UIDS)} user ids for sandboxes are in use")
-        return uid
+    def take(self, id: str, owner: int | None = None) -> int:
+        """A uid for a sandbox: that of its folder's `owner`, unless another sandbox has it just now, else one that nothing has."""
+        with self._lock:
+            uid = owner
+            if uid is None or uid in self._held.values():
+                uid = self._find_free()
+            if uid is None:
+                # Every one has belonged to some session by now. Two sessions may share one as long as they do not run together.
+                self._used = set(self._held.values())
+                uid = self._find_free()
+            if uid is None:
+                raise CapacityReached(f"capacity reached: all {len(UIDS)} user ids for sandboxes are in use")
+            self._used.add(uid)
+            self._held[id] = uid
+            return uid
 
     def _find_free(self) -> int | None:
         for _ in UIDS:
             uid = UIDS[self._next]
             self._next = (self._next + 1) % len(UIDS)
             if uid not in self._used:
-                self._used.add(uid)
                 return uid
         return None
 
     def reserve(self, uid: int) -> None:
-        self._used.add(uid)
+        with self._lock:
+            self._used.add(uid)
+
+    def let_go(self, id: str) -> None:
+        """The sandbox is gone; its uid stays that of its folder."""
+        with self._lock:
+            self._held.pop(id, None)
 
     def release(self, uid: int) -> None:
         """For a uid that owns nothing any more."""
-        self._used.discard(uid)
+        with self._lock:
+            self._used.discard(uid)
 
 
 def find_owner(session_dir: str) -> int | None:
@@ -148,10 +168,15 @@ def find_owner(session_dir: str) -> int | None:
 def adopt(session_dir: str, uid: int) -> None:
     """Make an existing workspace and home belong to `uid`, for a folder that another kind of server has left."""
     for name in ("workspace", "home"):
-        for _, folders, files, fd in os.fwalk(os.path.join(session_dir, name)):
-            os.fchown(fd, uid, uid)
-            for entry in (*folders, *files):
-                os.chown(entry, uid, uid, dir_fd=fd, follow_symlinks=False)
+        for folder, entries, left in _walk(_open_folder(os.path.join(session_dir, name), None)):
+            if left is None:
+                os.fchown(folder, uid, uid)
+                for entry in entries:
+                    os.chown(entry.name, uid, uid, dir_fd=folder, follow_symlinks=False)
+    # What is in agent/ is readable for the former group: without the marker it is filled anew.
+    _give_group(os.path.join(session_dir, "agent"), uid, 0o750)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(session_dir, DIGEST_FILE))
 
 
 def fill(session_dir: str, agent_dir: str, uid: int | None, *, fresh: bool, link: bool) -> None:
@@ -179,12 +204,13 @@ def _fill_agent(session_dir: str, agent_dir: str, uid: int | None, link: bool) -
 
 
 def _empty(folder: str) -> None:
-    """Remove what is in a folder but not the folder: it may be mounted."""
-    for entry in list(os.scandir(folder)):
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
-        else:
-            os.unlink(entry.path)
+    """Remove what is in a folder but not the folder: it may be mounted. Raises OSError when something stays."""
+    for current, entries, left in _walk(_open_folder(folder, None)):
+        if left is not None:
+            os.rmdir(left, dir_fd=current)
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.name, dir_fd=current)
 
 
 def copy_tree(source: str, target: str, uid: int | None, *, writable: bool, link: bool = False) -> None:
@@ -192,30 +218,131 @@ def copy_tree(source: str, target: str, uid: int | None, *, writable: bool, link
 
     `writable` copies belong to `uid`; others to the server, with `uid`'s group able to read. `link` shares a file's blocks
     where its mode allows, for a target that is only ever mounted read-only. Walks by descriptors: a name in `source` that
-    is swapped for a link meanwhile is refused, not followed.
+    is swapped for a link meanwhile is refused, not followed. Holes of sparse files stay holes. Raises InvalidRequest for
+    more than `MAX_COPY_DEPTH` levels or `MAX_COPY_BYTES`.
     """
-    _Copy(uid, writable, link).folder(_open_folder(source, None), _open_folder(target, None))
+    _Copy(uid, writable, link).tree(source, target)
 
 
 def _open_folder(name: str, parent: int | None) -> int:
     return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
 
 
+def _open_below(root: int, names: tuple[str, ...]) -> int:
+    """A folder some levels down, each step refused if it is a link."""
+    current = os.dup(root)
+    for name in names:
+        try:
+            inner = _open_folder(name, current)
+        finally:
+            os.close(current)
+        current = inner
+    return current
+
+
+def _list(folder: int) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return list(entries)
+
+
+def _walk(top: int) -> Iterator[tuple[int, list[os.DirEntry[str]], str | None]]:
+    """Every folder at and below `top`, which it takes over: (folder, entries, None) on entering one, (parent, [], name) on leaving `name`.
+
+    For trees that somebody hostile made: no recursion, and never more than two descriptors, however deep. What cannot be entered
+    is left out. The way up is checked: a folder that was moved meanwhile ends the walk with OSError.
+    """
+    current, above = top, list[tuple[str, tuple[int, int], list[str]]]()
+    try:
+        entries = _list(current)
+        pending = _subfolders(entries)
+        yield current, entries, None
+        while pending or above:
+            if not pending:
+                name, identity, pending = above.pop()
+                current = _replace(current, _open_folder("..", current))
+                if _identify(current) != identity:
+                    raise OSError(errno.ESTALE, "a folder was moved while it was worked on")
+                yield current, [], name
+            elif (inner := _find_folder(name := pending.pop(), current)) is not None:
+                above.append((name, _identify(current), pending))
+                current = _replace(current, inner)
+                entries = _list(current)
+                pending = _subfolders(entries)
+                yield current, entries, None
+    finally:
+        os.close(current)
+
+
+def _subfolders(entries: list[os.DirEntry[str]]) -> list[str]:
+    return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+
+
+def _replace(old: int, new: int) -> int:
+    os.close(old)
+    return new
+
+
+def _find_folder(name: str, parent: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return _enter(name, parent)
+    return None
+
+
+def _identify(folder: int) -> tuple[int, int]:
+    state = os.fstat(folder)
+    return state.st_dev, state.st_ino
+
+
+def _enter(name: str, parent: int | None) -> int:
+    """Open a folder. One that its owner may not list or change, and that is ours, is opened up first; root needs nothing of this."""
+    with contextlib.suppress(PermissionError):
+        folder = _open_folder(name, parent)
+        if os.geteuid() and os.fstat(folder).st_mode & stat.S_IRWXU != stat.S_IRWXU:
+            with contextlib.suppress(PermissionError):
+                os.fchmod(folder, stat.S_IRWXU)
+        return folder
+    handle = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        os.chmod(f"/proc/self/fd/{handle}", stat.S_IRWXU)
+    finally:
+        os.close(handle)
+    return _open_folder(name, parent)
+
+
 class _Copy:
     def __init__(self, uid: int | None, writable: bool, link: bool) -> None:
         self._uid, self._writable, self._link = uid, writable, link
+        self._pending: list[tuple[str, ...]] = [()]
+        self._bytes = 0
 
-    def folder(self, source: int, target: int) -> None:
-        """Takes over both descriptors."""
+    def tree(self, source: str, target: str) -> None:
+        """Opens each folder anew from the top: a hostile tree must not hold a descriptor for each of its levels."""
+        origin = _open_folder(source, None)
         try:
-            with os.scandir(source) as entries:
-                for entry in entries:
-                    self._entry(entry, source, target)
+            copy = _open_folder(target, None)
+            try:
+                while self._pending:
+                    self._folder(origin, copy, self._pending.pop())
+            finally:
+                os.close(copy)
+        finally:
+            os.close(origin)
+
+    def _folder(self, origin: int, copy: int, names: tuple[str, ...]) -> None:
+        if len(names) > MAX_COPY_DEPTH:
+            raise InvalidRequest(f"the files cannot be copied: folders are nested deeper than {MAX_COPY_DEPTH} levels")
+        source = _open_below(origin, names)
+        try:
+            target = _open_below(copy, names)
+            try:
+                for entry in _list(source):
+                    self._entry(entry, source, target, names)
+            finally:
+                os.close(target)
         finally:
             os.close(source)
-            os.close(target)
 
-    def _entry(self, entry: os.DirEntry[str], source: int, target: int) -> None:
+    def _entry(self, entry: os.DirEntry[str], source: int, target: int, names: tuple[str, ...]) -> None:
         if entry.is_symlink():
             os.symlink(os.readlink(entry.name, dir_fd=source), entry.name, dir_fd=target)
             if self._uid is not None and self._writable:
@@ -223,8 +350,11 @@ class _Copy:
         elif entry.is_dir(follow_symlinks=False):
             os.mkdir(entry.name, 0o700, dir_fd=target)
             inner = _open_folder(entry.name, target)
-            self._own(inner, 0o755 if self._writable else 0o750)
-            self.folder(_open_folder(entry.name, source), inner)
+            try:
+                self._own(inner, 0o755 if self._writable else 0o750)
+            finally:
+                os.close(inner)
+            self._pending.append((*names, entry.name))
         elif entry.is_file(follow_symlinks=False) and not self._share(entry, source, target):
             self._file(entry.name, source, target)
 
@@ -246,17 +376,43 @@ class _Copy:
 
     def _file(self, name: str, source: int, target: int) -> None:
         reader = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=source)
-        with open(reader, "rb", buffering=0) as origin:
+        with open(reader, "rb", buffering=0):
             state = os.fstat(reader)
             if not stat.S_ISREG(state.st_mode):
                 return
             writer = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=target)
-            with open(writer, "wb") as copy:
-                shutil.copyfileobj(origin, copy, _CHUNK)
-                copy.flush()
+            try:
+                self._content(reader, writer, state.st_size)
                 os.utime(writer, ns=(state.st_atime_ns, state.st_mtime_ns))
                 mode = state.st_mode & 0o777
                 self._own(writer, mode | 0o600 if self._writable else (mode | 0o440) & 0o555)
+            finally:
+                os.close(writer)
+
+    def _content(self, reader: int, writer: int, size: int) -> None:
+        """The data up to `size`, which the file had at first; what lies between stays a hole."""
+        os.ftruncate(writer, size)
+        end = 0
+        while end < size:
+            try:
+                start = os.lseek(reader, end, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # nothing but a hole follows
+                    return
+                raise
+            end = min(os.lseek(reader, start, os.SEEK_HOLE), size)
+            self._bytes += max(0, end - start)
+            if self._bytes > MAX_COPY_BYTES:
+                raise InvalidRequest(f"the files cannot be copied: they take more than {MAX_COPY_BYTES >> 30} GiB")
+            self._extent(reader, writer, start, end)
+
+    @staticmethod
+    def _extent(reader: int, writer: int, start: int, end: int) -> None:
+        while start < end:
+            data = os.pread(reader, min(_CHUNK, end - start), start)
+            if not data:
+                return
+            start += os.pwrite(writer, data, start)
 
 
 def copy_session(source: str, target: str, uid: int | None) -> None:
@@ -268,14 +424,26 @@ def copy_session(source: str, target: str, uid: int | None) -> None:
         folders.make_session_dir(target, uid)
         for name in ("workspace", "home"):
             copy_tree(os.path.join(source, name), os.path.join(target, name), uid, writable=True)
-    except OSError as error:
-        shutil.rmtree(target, ignore_errors=True)
-        raise SandboxFailed(f"the session's files could not be copied: {error.strerror}") from error
+    except BaseException as error:  # whatever went wrong, half a copy must not stay
+        remove_tree(target)
+        if isinstance(error, OSError):
+            raise SandboxFailed(f"the session's files could not be copied: {error.strerror}") from error
+        raise
 
 
 def remove_tree(path: str) -> None:
-    """Remove a folder that may hold anything; what cannot be removed stays."""
-    shutil.rmtree(path, ignore_errors=True)
+    """Remove a folder that may hold anything, however deep; what cannot be removed stays. A link is not followed."""
+    with contextlib.suppress(OSError):
+        for folder, entries, left in _walk(_enter(path, None)):
+            if left is not None:
+                with contextlib.suppress(OSError):
+                    os.rmdir(left, dir_fd=folder)
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    if not entry.is_dir(follow_symlinks=False):
+                        os.unlink(entry.name, dir_fd=folder)
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
 
 
 def subfolders(folder: str) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import pwd
 import sys
 from typing import NamedTuple
 
@@ -21,6 +22,10 @@ DESCRIBE = (
     "import json, sys, importlib.util as u; executable = getattr(sys, '_base_executable', sys.executable); "
     "print(json.dumps([list(sys.version_info[:3]), sys.base_prefix, executable, u.MAGIC_NUMBER.hex()]))"
 )
+
+
+PRIVATE_FOLDERS = (".cache", ".config", ".local", ".local/share", ".local/state", ".ssh")
+"""In a home: where programs keep keys and data of all kinds."""
 
 
 class Interpreter(NamedTuple):
@@ -55,6 +60,24 @@ def parse_description(output: str) -> Interpreter:
 
 def is_in_usr(path: str) -> bool:
     return os.path.realpath(path).startswith("/usr/") or os.path.realpath(path) == "/usr"
+
+
+def check_prefix(prefix: str, data_dir: str) -> None:
+    """All of an interpreter's prefix is shown to every sandbox. Raises ConfigError for one that is more than an interpreter's."""
+    if is_in_usr(prefix):
+        return
+    homes = {os.path.realpath(home) for home in (os.path.expanduser("~"), *(entry.pw_dir for entry in pwd.getpwall()))}
+    private = {os.path.join(home, name) for home in homes for name in PRIVATE_FOLDERS} | homes
+    found = sorted(path for path in (os.path.realpath(data_dir), *private) if _holds(os.path.realpath(prefix), path))
+    if found:
+        raise ConfigError(
+            f"its prefix {prefix} would be shown to every sandbox, and {found[0]} is in it; "
+            "give a Python with a folder of its own, such as one under /usr or /opt, or one that pyenv or uv has installed"
+        )
+
+
+def _holds(folder: str, path: str) -> bool:
+    return folder == "/" or path == folder or path.startswith(folder + "/")
 
 
 async def describe(path: str) -> Interpreter:

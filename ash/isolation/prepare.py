@@ -176,6 +176,8 @@ async def _prepare_bwrap(isolation: Isolation, python: str) -> None:
 async def _try_interpreter(isolation: Isolation, path: str) -> Interpreter:
     found = None if interpreter.is_in_usr(path) else await interpreter.describe(path)
     prefix = found.prefix if found is not None else None
+    if prefix is not None:
+        interpreter.check_prefix(prefix, isolation.folders.data)
     await _set_stage(isolation, prefix)
     code, output, errors = await _probe(isolation, interpreter.describe_arguments(found.path if found is not None else path))
     if code:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from ash.offline.player import play, wait
 from ash.offline.requests import check
 from ash.offline.script import Player, load
-from ash.offline.stream import MODEL, Answer, error_body, fingerprint, message
+from ash.offline.stream import MODEL, Answer, error_body, events, fingerprint, message
 from ash.offline.tokens import count_request
 
-__all__ = ["MODEL", "Answer", "Player", "check", "count_request", "error_body", "fingerprint", "load", "message", "play", "run", "wait"]
+__all__ = [
+    "MODEL", "Answer", "Player", "check", "count_request", "error_body", "events", "fingerprint", "load", "message", "play", "run", "wait",
+]  # fmt: skip
 
 
 def run(host: str, port: int, script: str | None = None) -> None:

@@ -5,6 +5,7 @@ The same request always gives the same answer. Nothing here runs a tool; it only
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from typing import Any
@@ -15,6 +16,7 @@ from ash.offline.conversation import Conversation, Result
 from ash.offline.requested import Call
 
 _SHOWN_CHARS = 4000
+_READ_CHARS = 4000
 _LINE_NUMBER = re.compile(r"^ *\d+(?:\t|→| ?\| ?)", re.MULTILINE)
 
 
@@ -30,11 +32,11 @@ def _body(request: Json, talk: Conversation) -> list[Json]:
     schema = _output_schema(request)
     if choice.get("type") in ("any", "tool"):
         name = choice.get("name") or _closest_tool(talk) or next(iter(talk.tools))
-        return [_tool_use(Call(name, _fill(talk.tools[name], talk.prompt)))]
+        return [_tool_use(Call(name, _fill(talk.tools[name], talk.prompt[:_READ_CHARS])))]
     if choice.get("type") != "none" and (step := _next_step(talk)):
         return [_text(_announce(step)), *(_tool_use(call) for call in step)]
     if schema is not None:
-        return [_text(json.dumps(_fill(schema, talk.prompt)))]
+        return [_text(json.dumps(_fill(schema, talk.prompt[:_READ_CHARS])))]
     answer = _report(talk) if talk.rounds else _refusal(talk) or chat.respond(talk)
     return [_text(f"{answer}\n\n{chat.NOTICE}" if len(talk.prompts) == 1 else answer)]
 
@@ -71,7 +73,7 @@ def _next_step(talk: Conversation) -> list[Call]:
         return []
     steps = requested.plan(talk.prompt, talk.tools, talk.cwd).steps
     if not steps and not talk.rounds and (name := _closest_tool(talk)):
-        steps = [[Call(name, _fill(talk.tools[name], talk.prompt))]]
+        steps = [[Call(name, _fill(talk.tools[name], talk.prompt[:_READ_CHARS]))]]
     return steps[len(talk.rounds)] if len(talk.rounds) < len(steps) else []
 
 
@@ -80,10 +82,11 @@ _KNOWN_TOOLS = {"Bash", "Read", "Write", "Edit", "Glob", "Grep", "TodoWrite"}
 
 def _closest_tool(talk: Conversation) -> str | None:
     """A tool that is not one of the usual ones and whose name the prompt speaks of: "weather" for `get_weather`."""
-    words = set(re.findall(r"\w{4,}", talk.prompt.lower()))
+    prompt = talk.prompt[:_READ_CHARS].lower()
+    words = set(re.findall(r"\w{4,}", prompt))
     for name in talk.tools:
         parts = {part.lower() for part in re.findall(r"[A-Z]?[a-z]{3,}", name.split("__")[-1])}
-        if name not in _KNOWN_TOOLS and (name.lower() in talk.prompt.lower() or parts & words):
+        if name not in _KNOWN_TOOLS and (name.lower() in prompt or parts & words):
             return name
     return None
 
@@ -103,12 +106,12 @@ def _announce(step: list[Call]) -> str:
 
 
 _ANNOUNCED: dict[str, Any] = {
-    "Bash": lambda call: f"I will run `{call.input['command']}`.",
-    "Read": lambda call: f"I will read {call.input['file_path']}.",
-    "Write": lambda call: f"I will write {call.input['file_path']}.",
-    "Edit": lambda call: f"I will edit {call.input['file_path']}.",
-    "Glob": lambda call: f"I will look for files that match `{call.input['pattern']}`.",
-    "Grep": lambda call: f"I will search for `{call.input['pattern']}`.",
+    "Bash": lambda call: f"I will run `{call.input.get('command', '')}`.",
+    "Read": lambda call: f"I will read {call.input.get('file_path', 'a file')}.",
+    "Write": lambda call: f"I will write {call.input.get('file_path', 'a file')}.",
+    "Edit": lambda call: f"I will edit {call.input.get('file_path', 'a file')}.",
+    "Glob": lambda call: f"I will look for files that match `{call.input.get('pattern', '')}`.",
+    "Grep": lambda call: f"I will search for `{call.input.get('pattern', '')}`.",
     "TodoWrite": lambda call: "I will note that down.",
 }
 
@@ -141,7 +144,8 @@ def _told(result: Result) -> str:
         change = call.input
         return f"I replaced “{change.get('old_string')}” with “{change.get('new_string')}” in {change.get('file_path')}."
     if call.name == "TodoWrite":
-        items = [str(item.get("content")) for item in call.input.get("todos", []) if isinstance(item, dict)]
+        todos = call.input.get("todos")
+        items = [str(item.get("content")) for item in (todos if isinstance(todos, list) else []) if isinstance(item, dict)]
         return f"I noted {len(items)} task{'s' if len(items) != 1 else ''}:\n\n" + "\n".join(f"- {item}" for item in items)
     found = {"Glob": "These files match", "Grep": "This is what I found for"}.get(call.name)
     subject = f"{found} `{call.input.get('pattern', '')}`" if found else f"`{call.name}` answered"
@@ -157,7 +161,9 @@ def _fenced(text: str) -> str:
 # Values that fit a JSON schema, taken from the prompt where it has some
 
 
-def _fill(schema: Json, prompt: str, depth: int = 0) -> Any:
+def _fill(schema: Any, prompt: str, depth: int = 0) -> Any:
+    if not isinstance(schema, dict):
+        return _subject(prompt)
     if "const" in schema or "default" in schema:
         return schema.get("const", schema.get("default"))
     if isinstance(schema.get("enum"), list) and schema["enum"]:
@@ -172,21 +178,26 @@ def _fill(schema: Json, prompt: str, depth: int = 0) -> Any:
 
 def _fill_kind(kind: Any, schema: Json, prompt: str, depth: int) -> Any:
     if kind == "object":
-        properties = schema.get("properties") or {}
-        names = schema.get("required") or ([] if depth > 2 else list(properties))
-        return {name: _fill(properties.get(name) or {}, prompt, depth + 1) for name in names} if depth < 8 else {}
+        given, required = schema.get("properties"), schema.get("required")
+        properties = given if isinstance(given, dict) else {}
+        # Once each: a name repeated at every depth would multiply the work.
+        named = dict.fromkeys(name for name in required if isinstance(name, str)) if isinstance(required, list) else {}
+        names = list(named) or ([] if depth > 2 else list(properties))
+        return {name: _fill(properties.get(name), prompt, depth + 1) for name in names} if depth < 8 else {}
     if kind == "array":
         items = schema.get("items")
         return [_fill(items, prompt, depth + 1)] if isinstance(items, dict) and depth < 8 else []
     if kind in ("integer", "number"):
-        number = re.search(r"-?\d+(?:\.\d+)?", prompt)
-        value = float(number.group()) if number else float(schema.get("minimum", 1))
+        number, least = re.search(r"-?\d{1,15}(?:\.\d{1,15})?", prompt), schema.get("minimum")
+        is_usable = isinstance(least, (int, float)) and abs(least) < 10**15
+        value = float(number.group()) if number else float(least if is_usable and least is not None else 1)
         return int(value) if kind == "integer" or value.is_integer() else value
     if kind in ("boolean", "null"):
         return True if kind == "boolean" else None
     return _subject(prompt)
 
 
+@functools.lru_cache(maxsize=16)
 def _subject(prompt: str) -> str:
     """What the prompt is about: what it quotes, what follows "in", "for" or "of", else all of it."""
     quoted = re.search(r"[\"“`']([^\"”`']+)[\"”`']", prompt)

@@ -69,7 +69,7 @@ async def _messages(request: web.Request) -> web.StreamResponse:
         return web.json_response(stream.message(body, answer), headers=headers)
     response = web.StreamResponse(headers={**headers, "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"})
     await response.prepare(request)
-    async for chunk in player.play(body, answer):
+    async for chunk in player.play(stream.events(body, answer), answer):
         await response.write(chunk)
     await response.write_eof()
     return response

@@ -210,7 +210,7 @@ def _sum(conversation: Conversation, match: re.Match[str]) -> str | None:
     text = re.sub(r"(?<=\d)\s*x\s*(?=\d)", "*", match.group(1).strip()).replace(",", "")
     try:
         value = _evaluate(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError):
+    except (SyntaxError, ValueError, ZeroDivisionError, OverflowError, RecursionError, MemoryError):
         return None
     shown = int(value) if isinstance(value, float) and value.is_integer() else value
     return f"{match.group(1).strip()} = {shown}"

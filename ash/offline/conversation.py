@@ -9,7 +9,8 @@ from ash.models import Json
 from ash.offline.requested import Call
 from ash.offline.requests import blocks, merged
 
-_REMINDER = re.compile(r"<system-reminder>.*?</system-reminder>\s*", re.DOTALL)
+_REMINDER = ("<system-reminder>", "</system-reminder>")
+_SPACE = re.compile(r"\s*")
 _CWD = re.compile(r"(?:working directory|cwd)(?: is)?:?\s*`?(/[^\s`]*[^\s`.,;)])", re.IGNORECASE)
 
 
@@ -44,7 +45,7 @@ class Conversation(NamedTuple):
 
 def read(request: Json) -> Conversation:
     prompts: list[str] = []
-    replies: list[str] = []
+    replies: list[list[str]] = []
     rounds: list[list[Result]] = []
     calls: dict[str, Call] = {}
     attachments = 0
@@ -52,23 +53,35 @@ def read(request: Json) -> Conversation:
         if message["role"] == "assistant":
             calls.update({block["id"]: Call(block["name"], block["input"]) for block in blocks(message) if block["type"] == "tool_use"})
             if prompts:
-                replies[-1] = "\n".join(part for part in (replies[-1], text_of(message)) if part)
+                replies[-1].append(text_of(message))
             continue
         results = _results(message, calls)
         rounds += [results] if results else []
         said, attached = text_of(message), _attached(message)
         if said or attached:
             prompts.append(said)
-            replies.append("")
+            replies.append([])
             rounds, attachments = [], attached
     tools = {str(tool.get("name", tool.get("type"))): tool.get("input_schema") or {} for tool in request.get("tools") or []}
-    return Conversation(prompts, replies, rounds, _system(request), tools, attachments)
+    said_before = ["\n".join(filter(None, parts)) for parts in replies]
+    return Conversation(prompts, said_before, rounds, _system(request), tools, attachments)
 
 
 def text_of(message: Json) -> str:
     """The message's text blocks, without what the client itself put in for the model."""
     text = "\n".join(block["text"] for block in blocks(message) if block["type"] == "text")
-    return _REMINDER.sub("", text).strip()
+    return _without_reminders(text).strip()
+
+
+def _without_reminders(text: str) -> str:
+    """Not by a pattern: many openings without an end would each be searched to the end of the text."""
+    opening, ending = _REMINDER
+    kept, start = [], 0
+    while (opened := text.find(opening, start)) >= 0 and (ended := text.find(ending, opened)) >= 0:
+        kept.append(text[start:opened])
+        space = _SPACE.match(text, ended + len(ending))
+        start = space.end() if space else ended + len(ending)
+    return "".join([*kept, text[start:]])
 
 
 def _results(message: Json, calls: dict[str, Call]) -> list[Result]:
@@ -92,4 +105,4 @@ def _attached(message: Json) -> int:
 def _system(request: Json) -> str:
     system = request.get("system") or ""
     parts = [system] if isinstance(system, str) else [block.get("text", "") for block in system]
-    return _REMINDER.sub("", "\n".join(parts)).strip()
+    return _without_reminders("\n".join(parts)).strip()

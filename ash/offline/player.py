@@ -6,7 +6,7 @@ No HTTP here: the gateway and the stand-alone server both send what this yields.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 
 from ash import sse
 from ash.errors import StreamBroken
@@ -29,10 +29,10 @@ async def wait(answer: Answer) -> None:
         raise StreamBroken(_CUT)
 
 
-async def play(request: Json, answer: Answer) -> AsyncGenerator[bytes, None]:
-    """The stream after `wait`. Frames that need no delay between them come together."""
+async def play(events: Iterable[Json], answer: Answer) -> AsyncGenerator[bytes, None]:
+    """The answer's events after `wait`. Frames that need no delay between them come together."""
     batch = bytearray()
-    for number, event in enumerate(stream.events(request, answer)):
+    for number, event in enumerate(events):
         is_delta = event["type"] == "content_block_delta"
         if number in (answer.cut, answer.hang, answer.after if answer.refusal else None) or (is_delta and answer.delta_delay):
             if batch:

@@ -49,7 +49,8 @@ _LANGUAGES = {
     "python": "py", "javascript": "js", "typescript": "ts", "markdown": "md", "text": "txt", "json": "json", "html": "html", "css": "css",
     "yaml": "yaml",
 }  # fmt: skip
-_LONGEST = 10_000  # the patterns are no match for a novel
+_LONGEST = 4_000  # some patterns take time by the square of the length
+_MOST_BRACKETS = 300
 _HERE = {"", ".", "here", "current", "this", "workspace", "working", "folder", "directory", "there"}
 
 
@@ -124,8 +125,13 @@ def _with_offered(call: Call, offered: Collection[str]) -> Call:
     return Call("Bash", {"command": command, "description": f"The same as {call.name}"}) if command else call
 
 
+_NEEDED = {"Read": {"file_path"}, "Write": {"file_path", "content"}, "Glob": {"pattern"}, "Grep": {"pattern"}}
+
+
 def _as_command(call: Call) -> str:
     field = {name: str(value) for name, value in call.input.items()}
+    if not _NEEDED.get(call.name, set()) <= set(field):
+        return ""
     if call.name == "Read":
         return f"cat -- {shlex.quote(field['file_path'])}"
     if call.name == "Write":
@@ -239,9 +245,10 @@ def _count(found: dict[str, str], cwd: str, path: str) -> list[Step]:
 def _call(found: dict[str, str], cwd: str, path: str) -> list[Step]:
     try:
         value: Any = json.loads(found["json"])
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
-    return [[Call(found["name"], value)]] if isinstance(value, dict) else []
+    is_flat = found["json"].count("{") + found["json"].count("[") <= _MOST_BRACKETS  # deep ones could not be written out again
+    return [[Call(found["name"], value)]] if isinstance(value, dict) and is_flat else []
 
 
 def _pattern(text: str) -> re.Pattern[str]:

@@ -31,6 +31,10 @@ _REQUIRED = {
 _TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 _MAX_BREAKPOINTS = 4
 _MIN_THINKING_TOKENS = 1024
+_MAX_MESSAGES = 100_000
+_MAX_DEPTH = 200
+_RESULT_BLOCKS = frozenset({"text", "image", "document", "search_result", "tool_reference"})
+_STRINGS = {"tool_use": ("id", "name"), "tool_result": ("tool_use_id",), "thinking": ("thinking",)}
 
 
 def invalid(message: str) -> ModelRefused:
@@ -41,7 +45,10 @@ def check(request: Any, *, counting: bool = False) -> Json:
     """The request itself when the API would take it; `counting` is for count_tokens, which needs no `max_tokens`."""
     if not isinstance(request, dict):
         raise invalid("The request body must be a JSON object.")
+    _check_depth(request)
     _check_fields(request, counting)
+    _check_system(request.get("system"))
+    _check_output(request)
     _check_messages(request["messages"])
     _check_tools(request.get("tools"), request.get("tool_choice"))
     _check_thinking(request)
@@ -49,6 +56,17 @@ def check(request: Any, *, counting: bool = False) -> Json:
     if found > _MAX_BREAKPOINTS:
         raise invalid(f"A maximum of {_MAX_BREAKPOINTS} blocks with cache_control may be provided. Found {found}.")
     return request
+
+
+def _check_depth(value: Any) -> None:
+    """What comes after this may recurse."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inner = [child for parent in level for child in (parent.values() if isinstance(parent, dict) else parent)]
+        level = [child for child in inner if isinstance(child, (dict, list))]
+        if not level:
+            return
+    raise invalid(f"The request is nested more than {_MAX_DEPTH} deep.")
 
 
 def _check_fields(request: Json, counting: bool) -> None:
@@ -72,11 +90,29 @@ def _check_fields(request: Json, counting: bool) -> None:
         raise invalid("stop_sequences: each stop sequence must be a non-empty string")
 
 
+def _check_system(system: Any) -> None:
+    for index, block in enumerate(system if isinstance(system, list) else []):
+        if not isinstance(block, dict) or block.get("type") != "text" or not isinstance(block.get("text"), str):
+            raise invalid(f"system.{index}: Input should be a text block")
+
+
+def _check_output(request: Json) -> None:
+    config = request.get("output_config")
+    if not isinstance(config, (dict, type(None))):
+        raise invalid("output_config: Input should be an object")
+    formats = {"output_config.format": (config or {}).get("format"), "output_format": request.get("output_format")}
+    for name, format in formats.items():
+        if not isinstance(format, (dict, type(None))):
+            raise invalid(f"{name}: Input should be an object")
+
+
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list):
         raise invalid("messages: Input should be a valid list")
     if not messages:
         raise invalid("messages: at least one message is required")
+    if len(messages) > _MAX_MESSAGES:
+        raise invalid(f"messages: at most {_MAX_MESSAGES} messages are allowed, got {len(messages)}")
     for index, message in enumerate(messages):
         _check_message(message, f"messages.{index}")
     if messages[0]["role"] == "assistant":
@@ -117,12 +153,26 @@ def _check_block(block: Any, role: str, where: str) -> None:
     for name in _REQUIRED.get(kind, ()):
         if name not in block:
             raise invalid(f"{where}.{kind}.{name}: Field required")
+    for name in _STRINGS.get(kind, ()):
+        if not isinstance(block[name], str):
+            raise invalid(f"{where}.{kind}.{name}: Input should be a valid string")
     if kind == "text":
         _check_text(block["text"], where)
     if kind == "tool_use" and not isinstance(block["input"], dict):
         raise invalid(f"{where}.tool_use.input: Input should be a valid dictionary")
-    if kind == "tool_result" and not isinstance(block.get("content", ""), (str, list)):
-        raise invalid(f"{where}.tool_result.content: Input should be a valid string or list")
+    if kind == "tool_result":
+        _check_result(block.get("content", ""), f"{where}.tool_result.content")
+
+
+def _check_result(content: Any, where: str) -> None:
+    if not isinstance(content, (str, list)):
+        raise invalid(f"{where}: Input should be a valid string or list")
+    for index, block in enumerate(content if isinstance(content, list) else []):
+        kind = block.get("type") if isinstance(block, dict) else None
+        if not isinstance(kind, str) or kind not in _RESULT_BLOCKS:
+            raise invalid(f"{where}.{index}.type: Input should be one of {', '.join(sorted(_RESULT_BLOCKS))}")
+        if kind == "text" and not isinstance(block.get("text"), str):
+            raise invalid(f"{where}.{index}.text.text: Input should be a valid string")
 
 
 def _check_text(text: Any, where: str) -> None:
@@ -147,9 +197,9 @@ def merged(messages: list[Json]) -> list[Json]:
     turns: list[Json] = []
     for message in messages:
         if turns and turns[-1]["role"] == message["role"]:
-            turns[-1] = {"role": message["role"], "content": blocks(turns[-1]) + blocks(message)}
+            turns[-1]["content"] += blocks(message)
         else:
-            turns.append(message)
+            turns.append({"role": message["role"], "content": list(blocks(message))})
     return turns
 
 
@@ -159,13 +209,15 @@ def _check_pairs(messages: list[Json]) -> None:
     seen: set[str] = set()
     for index, turn in enumerate(turns):
         called = _ids(turns[index - 1], "tool_use", "id") if index and turn["role"] == "user" else []
-        for answered in _ids(turn, "tool_result", "tool_use_id"):
-            if answered not in called:
+        answers, expected = _ids(turn, "tool_result", "tool_use_id"), set(called)
+        for answered in answers:
+            if answered not in expected:
                 raise invalid(
                     f"messages.{index}.content: unexpected `tool_use_id` found in `tool_result` blocks: {answered}. Each `tool_result` "
                     "block must have a corresponding `tool_use` block in the previous message."
                 )
-        missing = [call for call in called if call not in _ids(turn, "tool_result", "tool_use_id")]
+        given = set(answers)
+        missing = [call for call in called if call not in given]
         if missing:
             raise invalid(
                 f"messages.{index - 1}: `tool_use` ids were found without `tool_result` blocks immediately after: {', '.join(missing)}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -14,6 +15,7 @@ from ash import __version__
 from ash.config import Secret
 from ash.errors import ConfigError, ModelRefused, StreamBroken
 from ash.providers import ANTHROPIC_VERSION, Call, Reply, Timing, passed_headers, redact, refused, unreachable
+from ash.providers.intake import LARGE_BYTES
 
 DEFAULT_BASE_URL = "https://api.anthropic.com"
 _MAX_ERROR_BYTES = 256 * 1024
@@ -51,7 +53,7 @@ class Direct:
     @asynccontextmanager
     async def send(self, call: Call) -> AsyncIterator[Reply]:
         try:
-            response = await self._session.post(self._url(call), data=call.body, headers=self._headers(call), allow_redirects=False)
+            response = await self._session.post(self._url(call), data=_sent(call.body), headers=self._headers(call), allow_redirects=False)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise self._unreachable(error) from error
         async with response:
@@ -101,6 +103,11 @@ class Direct:
         is_final = isinstance(error, (aiohttp.ClientConnectorCertificateError, ssl.SSLCertVerificationError, ValueError))
         reason = redact(_reason(error), self._secrets).rstrip(".")
         return unreachable(self._where, reason, may_retry=not is_final)
+
+
+def _sent(body: bytes) -> bytes | io.BytesIO:
+    """A large body goes out in pieces, between which others get their turn."""
+    return io.BytesIO(body) if len(body) > LARGE_BYTES else body
 
 
 def _reason(error: Exception) -> str:

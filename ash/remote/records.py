@@ -26,10 +26,10 @@ def read(record: type[T], raw: Any) -> T:
     defaults = cast("Json", getattr(record, "_field_defaults", {}))
     values: Json = {name: {} for name in fields if defaults.get(name) == {}}
     values.update((name, raw[camel(name)]) for name in fields if raw.get(camel(name)) is not None)
-    try:
-        return record(**{**values, "raw": raw})
-    except TypeError as error:
-        raise ProtocolError(f"the server's {record.__name__} is incomplete: {error}; is this address an Ash server?") from error
+    missing = [camel(name) for name in fields if name not in values and name not in defaults]
+    if missing:
+        raise ProtocolError(f"the server's {record.__name__} lacks {', '.join(missing)}; is this address an Ash server?")
+    return record(**{**values, "raw": raw})
 
 
 def _show(record: Any) -> str:

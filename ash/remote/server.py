@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ash import __version__
-from ash.errors import AshError, ConnectionFailed, InvalidRequest, RateLimited, Timeout, Unauthorized, error_for
+from ash.errors import AshError, ConnectionFailed, Forbidden, InvalidRequest, RateLimited, Timeout, Unauthorized, error_for
 from ash.remote.calls import Call
 from ash.remote.folder import Upload
 from ash.remote.http1 import BrokenResponse, Head, request_head
@@ -96,7 +96,7 @@ def with_stored_key(server: Server, refused: Unauthorized) -> Server:
     if server.api_key or not server.stored_key:
         raise refused
     if is_this_machine(server.host) and not is_trusted(server.port):
-        error = Unauthorized(f"{server.url} asks for a key, and that server belongs to another user: the stored key was not sent")
+        error = Forbidden(f"{server.url} asks for a key, and that server belongs to another user: the stored key was not sent")
         error.hint = "use --server or --api-key"
         raise error from refused
     return server._replace(api_key=server.stored_key)

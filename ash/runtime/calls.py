@@ -75,7 +75,7 @@ class Calls:
         if use["id"] in self._cut:
             raise ToolError("The call's input did not arrive whole, so it was not run. Send it again, in smaller parts if it is long.")
         given = check(tool, use["input"])
-        denial = self._permissions.denial(tool.name, given, is_read_only=tool.is_read_only)
+        denial = self._permissions.denial(tool.name, given, is_read_only=tool.is_read_only, folder=self._bench.shell.cwd)
         if denial is not None:
             self.denials.append({"tool_name": tool.name, "tool_use_id": use["id"], "tool_input": use["input"]})
             raise ToolError(denial)

@@ -1,24 +1,33 @@
 """Takes a shell command line apart into its simple commands, for the permission rules. Pure; runs nothing.
 
-A reading of the shell's grammar, not a shell: where a construct could run something that is not seen here, the result is
-not `is_clear`, and a rule about a single command then allows nothing. It cannot follow variables (`$cmd`), so rules are a
-guard rail; the boundary is the sandbox.
+A reading of the shell's grammar, not a shell: what it does not follow to the last character is not `is_clear`, and a rule
+about a single command then allows nothing. It cannot follow variables (`$cmd`), so rules are a guard rail; the boundary is
+the sandbox.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from typing import NamedTuple
 
 MAX_DEPTH = 20
-_KEYWORDS = ("if", "then", "elif", "else", "fi", "do", "done", "while", "until", "!", "{", "}", "time", "coproc")
+_KEYWORDS = ("if", "then", "elif", "else", "fi", "do", "done", "while", "until", "!", "{", "}")
 _UNCLEAR = ("case", "select", "function", "coproc", "eval", "source", ".", "exec", "trap", "alias")
-_WRAPPERS = (
-    "sudo", "doas", "env", "nohup", "nice", "ionice", "timeout", "stdbuf", "setsid", "command", "builtin", "exec", "xargs", "time",
-    "busybox",
+_EVALUATING = (
+    "declare", "typeset", "local", "readonly", "export", "read", "mapfile", "readarray", "unset", "getopts", "let", "test", "[", "[[",
 )  # fmt: skip
-_SIMPLE_WRAPPERS = ("timeout", "nohup", "nice", "time")
-_SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "ash")
+_WRAPPERS = (
+    "sudo", "doas", "su", "runuser", "env", "nohup", "nice", "ionice", "chrt", "taskset", "prlimit", "timeout", "stdbuf", "unbuffer",
+    "setsid", "command", "builtin", "exec", "time", "busybox", "toybox", "find", "unshare", "nsenter", "chroot", "setpriv", "flock",
+    "watch", "strace", "ltrace", "script", "entr", "fd", "coproc", "ssh",
+)  # fmt: skip
+_SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "ash", "rbash", "fish")
+_FED = {*_SHELLS, "eval", "xargs", "parallel", "source", ".", "trap"}
+_SIMPLE_WRAPPER = re.compile(r"(?:timeout \d+(?:\.\d+)?[smhd]?|nohup|nice(?: -n ?\d+| -\d+)?|time) (?!-)")
+_LOOP = re.compile(r"for [a-z][a-z0-9]* in(?: .*)?", re.DOTALL)
+_PLAIN_WORD = re.compile(r"[\w./=!<>:@%+, -]*")
+_EXPANDED = set("$`*?[{~")
 _OPERATORS = ("&&", "||", ";;", "|&", ";", "|", "&", "\n")
 
 
@@ -43,13 +52,24 @@ def analyse(command: str) -> Analysis:
     """Every simple command that `command` would run, those inside substitutions and subshells included."""
     scanner = _Scanner(command, 0)
     scanner.commands("")
-    is_clear = scanner.is_complete and not any(_is_unclear(part) for part in scanner.parts)
+    is_clear = scanner.is_complete and scanner.is_plain and not any(_is_unclear(part) for part in scanner.parts)
     return Analysis(tuple(scanner.parts), scanner.is_complete, is_clear)
 
 
 def _is_unclear(part: Part) -> bool:
     words = _without_keywords(part.words)
-    return bool(words) and (words[0] in _UNCLEAR or all(_is_assignment(word) for word in words))
+    while words and words[0] in ("time", "-p"):
+        words = _without_keywords(words[1:])
+    if not words:
+        return False
+    name, given = words[0], words[1:]
+    if name in _EVALUATING and any("[" in word for word in given):
+        return True  # the index of an array is evaluated, and what stands in it is run
+    if name == "printf" and given and (given[0].startswith("-") or _EXPANDED & set(given[0])):
+        return True  # `printf -v` takes the name of an array
+    if name == "for":  # also names such as PATH could be set so
+        return _LOOP.fullmatch(core(part)) is None
+    return name in _UNCLEAR or all(_is_assignment(word) for word in words)
 
 
 def core(part: Part) -> str:
@@ -57,50 +77,60 @@ def core(part: Part) -> str:
     raw = part.text.split(" ")
     while raw and raw[0] in _KEYWORDS:
         raw = raw[1:]
-    while raw and raw[0] in _SIMPLE_WRAPPERS:
-        raw = raw[1:]
-        while raw and (raw[0][:1] == "-" or raw[0][:1].isdigit()):
-            raw = raw[1:]
-    return " ".join(raw)
+    text = " ".join(raw)
+    while (wrapper := _SIMPLE_WRAPPER.match(text)) is not None:
+        text = text[wrapper.end() :]
+    return text
+
+
+def is_harmless(part: Part) -> bool:
+    """Whether the command needs no rule: it starts nothing and changes nothing but the shell it runs in."""
+    text = core(part)
+    name, given = text.split(" ")[0], _without_keywords(part.words)[1:]
+    if name in ("test", "["):  # an operand that is only known later could turn out to be `-v`, which evaluates what follows
+        return all(_PLAIN_WORD.fullmatch(word) and word not in ("-v", "-R") for word in given if word != "]")
+    if name in ("wait", "exit"):
+        return all(word.isdigit() or word in ("$!", "$?") for word in given)
+    return not text or name in ("cd", "pwd", "true", "false", ":") or _LOOP.fullmatch(text) is not None
+
+
+def changes_folder(part: Part) -> bool:
+    return any(word in ("cd", "pushd", "popd") for word in part.words)
 
 
 def aliases(part: Part) -> list[str]:
-    """Every way the command could be meant, unquoted and unwrapped: what a deny rule is compared with."""
+    """The command as it was written, unquoted, and without its folder: what a deny rule is compared with."""
     found = [part.text]
     words = _without_keywords(part.words)
     while words:
         found.append(" ".join(words))
         found.append(" ".join((os.path.basename(words[0]), *words[1:])))
-        name = os.path.basename(words[0])
-        if _is_assignment(words[0]):
-            words = words[1:]
-        elif name in _WRAPPERS:
-            words, behind_value = _unwrapped(words[1:])
-            found.append(" ".join(behind_value))
-        else:
-            found += _given_commands(name, words)
+        if not _is_assignment(words[0]):
             break
+        words = _without_keywords(words[1:])
     return [text for text in dict.fromkeys(found) if text]
 
 
-def _unwrapped(words: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What follows the wrapper's options, and what follows in case the last option takes a value (`sudo -u bob rm`)."""
-    last = ""
-    while words and (words[0].startswith("-") or words[0][:1].isdigit()):
-        last, words = words[0], words[1:]
-    return words, words[1:] if last.startswith("-") else ()
+def disguises(command: str, analysis: Analysis) -> list[str]:
+    """Texts any word of which may turn out to be a command: a deny rule is compared with every place in them."""
+    names = [_program(part) for part in analysis.parts]
+    fed = [name in _FED or (name in _WRAPPERS and _FED & set(part.words)) for name, part in zip(names, analysis.parts, strict=True)]
+    if not analysis.is_clear or any(fed):
+        return [_without_quotes(command)]
+    parts = zip(names, analysis.parts, strict=True)
+    return [_without_quotes(" ".join(part.words)) for name, part in parts if name in _WRAPPERS or _EXPANDED & set(name)]
 
 
-def _given_commands(name: str, words: tuple[str, ...]) -> list[str]:
-    """Commands given as arguments: `sh -c '…'`, `eval …`, `find -exec …`."""
-    if name in _SHELLS or name == "eval":
-        inner = [word for word in words[1:] if not word.startswith("-")]
-        texts = inner if name in _SHELLS else [" ".join(inner)]
-        return [alias for text in texts for part in analyse(text).parts for alias in aliases(part)]
-    if name == "find":
-        starts = [index + 1 for index, word in enumerate(words) if word in ("-exec", "-execdir", "-ok", "-okdir")]
-        return [" ".join(words[start:]) for start in starts]
-    return []
+def _program(part: Part) -> str:
+    words = _without_keywords(part.words)
+    while words and _is_assignment(words[0]):
+        words = words[1:]
+    return os.path.basename(words[0]) if words else ""
+
+
+def _without_quotes(text: str) -> str:
+    """Quotes may be nested to any depth in what is given to a shell: none of them matters here."""
+    return re.sub(r"\\\n|[\"'\\]", "", text)
 
 
 def _without_keywords(words: tuple[str, ...]) -> tuple[str, ...]:
@@ -121,6 +151,8 @@ class _Scanner:
         self.text, self.at, self.depth = text, 0, depth
         self.parts: list[Part] = []
         self.is_complete = depth <= MAX_DEPTH
+        self.is_plain = True
+        """Nothing stood there whose reading is left to chance; see `Analysis.is_clear`."""
         self._heredocs: list[tuple[str, bool, bool]] = []
         self._line_start = 0
         self._start_part()
@@ -169,7 +201,8 @@ class _Scanner:
         self._word = (self._word or "") + value
 
     def _piece(self) -> None:
-        if self.text.startswith("\\\n", self.at):  # the line goes on
+        if self.text.startswith("\\\n", self.at):  # the line goes on; right behind something it could make one word of two
+            self.is_plain = self.is_plain and self.text[self.at - 1 : self.at] in (" ", "\t")
             self.at += 2
             return
         if self._word is None:
@@ -195,7 +228,8 @@ class _Scanner:
     def _escaped(self, in_quotes: bool) -> str:
         following = self.text[self.at + 1 : self.at + 2]
         self.at += 2
-        if following == "\n":
+        if following in ("", "\n"):
+            self.is_plain = False
             return ""
         return "\\" + following if in_quotes and following not in '$`"\\' else following
 
@@ -225,13 +259,15 @@ class _Scanner:
         if rest.startswith("'") and not in_quotes:
             self.at += 1
             return self._ansi_quoted()
+        if rest.startswith(("[", '"')) and not (in_quotes and rest.startswith('"')):
+            self.is_plain = False  # sums in an old form, or a text to be translated
         if rest == "((":
             self._arithmetic()
         elif rest.startswith("("):
             self.at += 2
             self._nested(")")
         elif rest.startswith("{"):
-            self._braces()
+            self._braces(in_quotes)
         else:
             self.at += 1
         return self.text[start : self.at]
@@ -248,11 +284,14 @@ class _Scanner:
         self._close()
         return value
 
-    def _braces(self) -> None:
+    def _braces(self, in_quotes: bool) -> None:
+        start = self.at
         self.at += 2
         while self.at < len(self.text) and self.text[self.at] != "}":
-            self._unquoted(in_quotes=False)
+            self._unquoted(in_quotes=in_quotes)
         self._close()
+        if re.fullmatch(r"\$\{[A-Za-z_]\w*\}", self.text[start : self.at]) is None:
+            self.is_plain = False  # `${x:i}` and `${x@P}` evaluate what is in a variable, and quotes mean something else here
 
     def _arithmetic(self) -> None:
         # Inside, an array index may hold a substitution that is not seen here; only plain sums are clear.
@@ -268,6 +307,7 @@ class _Scanner:
         self._close()
 
     def _backticks(self) -> str:
+        self.is_plain = False  # what a backslash means in them depends on the quotes around them
         start = self.at
         self.at += 1
         inner = ""
@@ -290,6 +330,7 @@ class _Scanner:
         scanner.commands(end)
         self.parts += scanner.parts
         self.is_complete = self.is_complete and scanner.is_complete
+        self.is_plain = self.is_plain and scanner.is_plain
 
     # Between words
 
@@ -299,6 +340,8 @@ class _Scanner:
         value, self._word = self._word, None
         if self._target in ("<<", "<<-"):
             raw = self.text[self._word_start : self.at]
+            if self.depth or re.fullmatch(r"\w+|'\w+'|\"\w+\"|\\\w+", raw) is None:
+                self.is_plain = False
             self._heredocs.append((value, self._target == "<<-", raw == value))
         elif self._target == ">":
             self._writes.append(value)
@@ -331,6 +374,7 @@ class _Scanner:
         self._end_part()
         self.at += 1
         if char == "(":
+            self.is_plain = self.is_plain and not self.text.startswith("(", self.at)  # `((…))` evaluates what is in a variable
             self._nested(")")
 
     def _redirect(self) -> None:
@@ -342,15 +386,18 @@ class _Scanner:
             self._nested(")")
             self._grow(self.text[start : self.at])
             return
-        if self._word is not None and (self._word.isdigit() or self._word.startswith("{")):
+        raw = self.text[self._word_start : self.at] if self._word is not None else ""
+        if re.fullmatch(r"\{\w+\}", raw):
+            self.is_plain = False  # sets a variable
+        if raw.isdigit():
             self._word = None  # the number of a file descriptor
         self._end_word()
         forms = ("<<<", "<<-", "&>>", "<<", "<>", "<&", ">>", ">|", ">&", "&>", "<", ">")
         form = next(form for form in forms if self.text.startswith(form, self.at))
         self.at += len(form)
-        copies = form in ("<&", ">&") and self.text[self.at : self.at + 1].isdigit() | (self.text[self.at : self.at + 1] == "-")
-        if copies:
-            self.at += 1
+        copied = re.compile(r"(?:\d+-?|-)(?=[\s;|&<>()]|$)").match(self.text, self.at) if form in ("<&", ">&") else None
+        if copied is not None:
+            self.at = copied.end()
         else:
             self._target = {"<<<": "word", "<<": "<<", "<<-": "<<-", "<": "<", "<&": "<"}.get(form, ">")
 
@@ -383,3 +430,4 @@ class _Scanner:
             scanner._unquoted(in_quotes=True)
         self.parts += scanner.parts
         self.is_complete = self.is_complete and scanner.is_complete
+        self.is_plain = self.is_plain and scanner.is_plain

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import traceback
 from typing import Any, Protocol
@@ -19,13 +20,14 @@ from ash.runtime.interrupt import Interrupt, Interrupted
 from ash.runtime.messages import End
 from ash.runtime.model import ModelError
 from ash.runtime.reply import Reply
-from ash.runtime.transcript import INTERRUPTED, repair, without_media
+from ash.runtime.transcript import INTERRUPTED, has_media, repair, without_media, without_results
 
 Json = dict[str, Any]
 MAX_RETRIES = 3
 _MAX_CUT_REPLIES = 3
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 8.0
 _TOO_LARGE = (400, 413)
+_TOO_LONG = re.compile(r"too (?:long|large|many tokens)|context|exceed|maximum", re.IGNORECASE)
 _NOT_RUN = "The call was not run: the reply it was part of was cut off ({reason}). Send it again, in smaller parts if it is long."
 _CONTEXT_FULL = "The conversation no longer fits into the model's context window. Start a new session."
 _REFUSED = "The model declined to answer this message. Put it differently, or start a new session."
@@ -203,12 +205,19 @@ class Turn:
     def _forget_refused(self, failure: ModelError) -> None:
         """A request that the provider calls wrong would stay wrong with every later message: take out what it added last."""
         transcript = self._conversation.transcript
-        if failure.status not in _TOO_LARGE or not transcript:
+        if failure.status not in _TOO_LARGE:
             return
-        if len(transcript) == self._before + 1:
+        turn = transcript[self._before :]
+        if len(turn) == 1:
             transcript.pop()
-        elif transcript[-1]["role"] == "user":
-            transcript[-1] = without_media(transcript[-1])
+            return
+        is_too_long = failure.status == 413 or _TOO_LONG.search(str(failure)) is not None
+        if turn and has_media(turn[-1]) and not is_too_long:
+            transcript[-1] = without_media(turn[-1])
+            return
+        shortened = [without_results(without_media(message)) for message in turn]
+        # Where the results are not what made it too long, nothing of the turn may stay.
+        transcript[self._before :] = shortened if is_too_long and _size(shortened) <= _size(turn) / 2 else []
 
     # Messages
 
@@ -248,6 +257,10 @@ class Turn:
             return {"structured_output": json.loads(end.text)}
         except ValueError:
             return {}
+
+
+def _size(messages_: list[Json]) -> int:
+    return len(json.dumps(messages_))
 
 
 def _refusal_text(message: Json) -> str:

@@ -7,6 +7,11 @@ import re
 
 from ash.runtime.paths import Paths
 
+_MAX_OPTIONS = 64
+_FEW_STARS = 2
+_INNER_BRACES = re.compile(r"\{([^{}]*)\}")
+_TOKEN = re.compile(r"\*\*+/?|\[.[^\]]*\]|\\.|.", re.DOTALL)
+
 
 def translate(pattern: str) -> str:
     """A regular expression, to be matched against a whole path, for a glob pattern."""
@@ -42,6 +47,81 @@ def _stars(pattern: str, at: int) -> tuple[str, int]:
     if pattern.startswith("**/", at) and (at == 0 or pattern[at - 1] == "/"):
         return "(?:.*/)?", at + 3
     return ".*", at + 2
+
+
+class Glob:
+    """A glob pattern that the model chose, matched in time that grows with pattern times path, however many stars it has.
+
+    A regular expression only does for few stars: `*a*a*a*ab` keeps one busy for minutes, with the interpreter locked.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        options = _options(pattern)
+        is_quick = all(len(re.findall(r"\*+", option)) <= _FEW_STARS for option in options)
+        self._expression = re.compile(f"(?s:{translate(pattern)})") if is_quick else None
+        self._alternatives = [] if is_quick else [_tokens(option) for option in options]
+
+    def matches(self, path: str) -> bool:
+        if self._expression is not None:
+            return self._expression.fullmatch(path) is not None
+        return any(_accepts(tokens, path) for tokens in self._alternatives)
+
+
+def _options(pattern: str) -> list[str]:
+    """The pattern without braces: one for each choice, so many at most as one may reasonably mean."""
+    done: list[str] = []
+    waiting = [pattern]
+    while waiting and len(done) + len(waiting) <= _MAX_OPTIONS:
+        current = waiting.pop()
+        found = _INNER_BRACES.search(current)
+        if found is None:
+            done.append(current)
+        else:
+            waiting += [current[: found.start()] + choice + current[found.end() :] for choice in found[1].split(",")]
+    if waiting:
+        raise ValueError(f"{{…}} in the pattern stand for more than {_MAX_OPTIONS} patterns; ask for fewer at a time")
+    return done
+
+
+def _tokens(pattern: str) -> list[re.Pattern[str] | str]:
+    """`*`, `**` and `**/` as they are, everything else as an expression for one character."""
+    tokens: list[re.Pattern[str] | str] = []
+    for match in _TOKEN.finditer(pattern):
+        text = match[0]
+        if text.startswith("**"):
+            is_folders = text.endswith("/") and (match.start() == 0 or pattern[match.start() - 1] == "/")
+            tokens += ["**/"] if is_folders else ["**", *([re.compile("/")] if text.endswith("/") else [])]
+        else:
+            tokens.append(text if text == "*" else re.compile(f"(?s:{translate(text)})"))
+    return tokens
+
+
+def _accepts(tokens: list[re.Pattern[str] | str], path: str) -> bool:
+    """Walk the path once, with the set of all places in the pattern that its beginning can lead to."""
+    places = _closure(tokens, {0}, at_start=True)
+    for char in path:
+        after = set()
+        for place in places:
+            token = tokens[place] if place < len(tokens) else ""
+            if isinstance(token, re.Pattern):
+                after |= {place + 1} if token.fullmatch(char) else set()
+            elif token.startswith("**") or (token == "*" and char != "/"):
+                after.add(place)
+        places = _closure(tokens, after, at_start=char == "/")
+        if not places:
+            return False
+    return len(tokens) in places
+
+
+def _closure(tokens: list[re.Pattern[str] | str], places: set[int], *, at_start: bool) -> set[int]:
+    """With the places behind stars that may stand for nothing (more); `**/` ends only where a name starts."""
+    found = set()
+    for place in places:
+        while place not in found:
+            found.add(place)
+            token = tokens[place] if place < len(tokens) else ""
+            place += token in ("*", "**") or (token == "**/" and at_start)
+    return found
 
 
 def path_rule(spec: str, paths: Paths) -> re.Pattern[str]:

@@ -22,8 +22,10 @@ TERM_GRACE = 0.5
 LINGER = 0.1
 """Seconds to wait for the last output of children that outlive their shell."""
 _CHUNK = 65536
-_STATE_FD = 9
+_HIGH_FD = 256
 _groups: set[int] = set()
+_left: set[int] = set()
+"""Those of the groups whose leader has ended."""
 _groups_lock = threading.Lock()
 
 
@@ -63,7 +65,7 @@ class Ended(NamedTuple):
     code: int
     timed_out: bool
     state: bytes
-    """What the command wrote to file descriptor 9, where it was asked to."""
+    """What the command wrote to the file descriptor `state_fd`, where there is one."""
 
 
 class Process:
@@ -71,22 +73,22 @@ class Process:
 
     def __init__(
         self, argv: list[str], env: Mapping[str, str], output: Output, errors: Output | None = None,
-        *, stdin: bytes = b"", with_state: bool = False,
+        *, stdin: bytes = b"", state_fd: int = -1,
     ) -> None:  # fmt: skip
         self._lock = threading.Lock()
         self._kill_at: float | None = None
         self._is_reaped = False
         self._wake_read, self._wake_write = os.pipe()
-        self._state = _scratch() if with_state else -1
+        self._state = _scratch() if state_fd >= 0 else -1
         self._sinks: dict[int, Output] = {}
-        self.pid = self._spawn(argv, env, output, errors, stdin)
+        self.pid = self._spawn(argv, env, output, errors, stdin, state_fd)
         self._pidfd = _pidfd(self.pid)
 
-    def _spawn(self, argv: list[str], env: Mapping[str, str], output: Output, errors: Output | None, stdin: bytes) -> int:
+    def _spawn(self, argv: list[str], env: Mapping[str, str], output: Output, errors: Output | None, stdin: bytes, state_fd: int) -> int:
         given = _input(stdin)
         out_read, out_write = os.pipe()
         err_read, err_write = os.pipe() if errors is not None else (out_read, out_write)
-        moves = [(given, 0), (out_write, 1), (err_write, 2)] + ([(self._state, _STATE_FD)] if self._state >= 0 else [])
+        moves = [(given, 0), (out_write, 1), (err_write, 2)] + ([(self._state, state_fd)] if self._state >= 0 else [])
         try:
             pid = _posix_spawn(argv, env, [(os.POSIX_SPAWN_DUP2, source, target) for source, target in moves])
         except BaseException:
@@ -191,8 +193,9 @@ def run(process: Process, timeout: float, interrupt: Interrupt) -> Ended:
 
 
 def end_all() -> None:
-    """SIGKILL for every group that was started here and may still live."""
+    """SIGKILL for every group that was started here and still lives, or what is left of it."""
     with _groups_lock:
+        _prune()
         for group in _groups:
             _signal_group(group, signal.SIGKILL)
 
@@ -204,6 +207,8 @@ def _posix_spawn(argv: list[str], env: Mapping[str, str], actions: list[tuple[in
             pid = os.posix_spawn(argv[0], argv, env, file_actions=actions, setsid=True, setsigdef=defaults)
         except NotImplementedError:  # an interpreter built for an old C library
             pid = os.posix_spawn(argv[0], argv, env, file_actions=actions, setpgroup=0, setsigdef=defaults)
+        _left.discard(pid)
+        _prune()
         _groups.add(pid)
     return pid
 
@@ -211,6 +216,23 @@ def _posix_spawn(argv: list[str], env: Mapping[str, str], actions: list[tuple[in
 def _signal_group(group: int, number: int) -> None:
     with suppress(ProcessLookupError, PermissionError):  # already gone, or a program that changed its user
         os.killpg(group, number)
+
+
+def _prune() -> None:
+    # A group keeps its number as long as a member lives. Seen often, so that a number that is free again is not held for ours.
+    gone = {group for group in _left if not _is_alive(group)}
+    _left.difference_update(gone)
+    _groups.difference_update(gone)
+
+
+def _is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # a program that changed its user
+        return True
+    return True
 
 
 def _discard(descriptors: list[int], group: int) -> None:
@@ -224,7 +246,8 @@ def _forget(descriptors: list[int], group: int) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
     with _groups_lock:
-        _groups.discard(group)
+        _left.add(group)
+        _prune()
 
 
 def _pidfd(pid: int) -> int:
@@ -242,7 +265,7 @@ def _scratch() -> int:
         descriptor = os.memfd_create("ash")
     except (AttributeError, OSError):
         descriptor = os.open("/tmp", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    high = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 64)
+    high = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD)
     os.close(descriptor)
     return high
 

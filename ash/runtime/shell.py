@@ -20,7 +20,9 @@ _KEPT = 128 * 1024
 _MAX_STATE = 256 * 1024
 _FORGOTTEN = ("_", "SHLVL", "OLDPWD")
 # The state is written when the shell exits, however it exits; `command -p` finds env even when PATH was broken.
-_WITH_STATE = """trap '{ pwd -P || echo "$PWD"; printf "\\0"; command -p env -0; } 2>/dev/null >&9' EXIT; cd -- "$2" || exit; eval "$1\""""
+_WITH_STATE = """trap '{ pwd -P || echo "$PWD"; printf "\\0"; command -p env -0; } 2>/dev/null >&%d' EXIT; cd -- "$2" || exit; eval "$1\""""
+_STATE_FD, _LOW_STATE_FD = 250, 9
+"""Where the state is written: a number no script is likely to use for itself; shells other than bash only know those of one digit."""
 _IN_FOLDER = """cd -- "$2" || exit; eval "$1\""""
 
 
@@ -49,8 +51,10 @@ class Shell:
             note = f"[{self.cwd} no longer exists; the command ran in {self._paths.workspace}]"
             self.cwd = self._paths.workspace
         output = Output(Room(_KEPT), tail=_KEPT)
-        argv = [find_shell(), "-c", _WITH_STATE, "bash", command, self.cwd]
-        ended = run(Process(argv, self.env, output, with_state=True), timeout, interrupt)
+        shell = find_shell()
+        state_fd = _STATE_FD if shell.endswith("bash") else _LOW_STATE_FD
+        argv = [shell, "-c", _WITH_STATE % state_fd, "bash", command, self.cwd]
+        ended = run(Process(argv, self.env, output, state_fd=state_fd), timeout, interrupt)
         self._keep(ended.state)
         return ShellResult(ended.code, decode(bytes(output.head + output.tail)), output.dropped, ended.timed_out, note)
 

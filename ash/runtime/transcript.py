@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 Json = dict[str, Any]
+_SHORT_RESULT = 500
 LOST = "The call was interrupted before its result was known; it may or may not have had its effect."
 INTERRUPTED = "[Request interrupted by user]"
 
@@ -71,6 +73,25 @@ def without_media(message: Json) -> Json:
     if isinstance(message["content"], str):
         return message
     return {**message, "content": [_media_note(block) for block in message["content"]]}
+
+
+def has_media(message: Json) -> bool:
+    return without_media(message) != message
+
+
+def without_results(message: Json) -> Json:
+    """The message with long results of tools replaced by a note of their size: what to keep of a turn that grew too long."""
+    if isinstance(message["content"], str):
+        return message
+    return {**message, "content": [_result_note(block) for block in message["content"]]}
+
+
+def _result_note(block: Json) -> Json:
+    size = len(json.dumps(block.get("content"))) if block.get("type") == "tool_result" else 0
+    if size <= _SHORT_RESULT:
+        return block
+    note = f"[result of {size} characters left out: with it the conversation was too long for the model; ask for less at a time]"
+    return {**block, "content": note}
 
 
 def _media_note(block: Json) -> Json:

@@ -127,7 +127,9 @@ class Handler(BaseHTTPRequestHandler):
         files = {file["path"]: base64.b64decode(file["content"], validate=True) for file in body["files"]}
         agent = {"id": str(uuid.uuid4()), "name": body["name"], "version": old["version"] + 1, "createdAt": "", "updatedAt": ""}
         self.server.agents[body["name"]] = {**agent, "files": files, "env": body.get("env")}
-        self.answer({"agent": {**agent, "env": dict.fromkeys(body.get("env") or {}, "***")}}, 201)
+        ignored = sorted({f"{path.rpartition('/')[0]}/" for path in files if path.startswith(".claude/")})
+        shown = {**agent, "env": dict.fromkeys(body.get("env") or {}, "***"), "config": {"ignored": ignored} if ignored else None}
+        self.answer({"agent": shown}, 201)
 
     def get_agents(self, _body: Json) -> None:
         shown = [{key: value for key, value in agent.items() if key not in ("files", "env")} for agent in self.server.agents.values()]

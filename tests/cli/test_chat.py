@@ -39,6 +39,15 @@ def test_tool_calls_are_on_stderr(ash: Ash, stub: StubServer) -> None:
     assert ash("chat", "my-agent", "Hi", "--quiet") == (0, "Let me look.\n\nOne file.\n", "")
 
 
+def test_tool_calls_begin_on_a_line_of_their_own_where_both_streams_are_one(stub: StubServer, tmp_path: Path) -> None:
+    stub.script = TOOL_TURN
+    settings = environment(ASH_SERVER_URL=stub.url, ASH_HOME=str(tmp_path))
+    done = subprocess.run(
+        command("chat", "my-agent", "Hi"), env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=20, check=True
+    )
+    assert done.stdout == "Let me look.\n→ Bash: ls\n  notes.txt…\n\nOne file.\n"
+
+
 def test_keep_prints_the_session_id_on_stderr_alone(ash: Ash, stub: StubServer) -> None:
     done = ash("chat", "--keep", "my-agent", "Hi")
     (id,) = stub.sessions
@@ -133,7 +142,8 @@ def test_a_folder_is_deployed_to_the_server_that_runs(
     monkeypatch.chdir(agent_folder.parent)
     assert ash("chat", word, "Hi", "-e", "TOKEN=1").out == "Hello, Ada.\n"
     assert stub.agents["my-folder"]["version"] == 1
-    assert stub.agents["my-folder"]["env"] == {"TOKEN": "1"}
+    assert stub.posts("/api/sessions")[-1]["extraEnv"] == {"TOKEN": "1"}
+    assert stub.agents["my-folder"]["env"] is None, "the deployed agent does not keep what was for this session"
 
 
 def test_a_path_without_instructions_is_named(ash: Ash, tmp_path: Path) -> None:

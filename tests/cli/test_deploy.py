@@ -36,6 +36,12 @@ def test_variables_come_from_env_files_and_flags(ash: Ash, stub: StubServer, age
     assert done.err == "Loaded 3 env var(s) from .env\nLoaded 2 env var(s) from .env.local\n"
 
 
+def test_what_the_server_does_not_use_yet_is_named(ash: Ash, agent_folder: Path) -> None:
+    (agent_folder / ".claude" / "skills").mkdir(parents=True)
+    (agent_folder / ".claude" / "skills" / "x.md").write_text("x")
+    assert ash("deploy", str(agent_folder)).err == "Not used yet: .claude/skills/\n"
+
+
 def test_env_files_know_quotes_comments_and_export(tmp_path: Path) -> None:
     file = tmp_path / ".env"
     file.write_text("# all\n\nexport A=1 # one\nB='x # y'\nC=\"a\\nb\"\nD=\nE=a=b\n")

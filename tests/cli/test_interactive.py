@@ -91,6 +91,13 @@ def test_a_conversation_goes_on_until_ctrl_d(chat: Conversation, stub: StubServe
     assert [session["status"] for session in stub.sessions.values()] == ["ended"]
 
 
+@pytest.mark.parametrize("word", ["exit", "quit"])
+def test_a_word_leaves_the_conversation_too(chat: Conversation, stub: StubServer, word: str) -> None:
+    chat.type(f"{word}\n")
+    assert chat.wait() == 0
+    assert stub.posts("/messages") == []
+
+
 def test_the_history_is_kept_in_a_private_file(chat: Conversation, stub: StubServer, tmp_path: Path) -> None:
     chat.type("remember me\n")
     chat.expect("Hello, Ada.")

@@ -61,7 +61,30 @@ def test_a_misspelt_command_gets_a_suggestion(call: Ash) -> None:
 def test_an_error_goes_to_stderr_and_exits_1(ash: Ash) -> None:
     done = ash("agent", "info", "nobody")
     assert (done.code, done.out) == (1, "")
-    assert done.err == "error: Agent not found\n"
+    assert done.err == 'error: no agent "nobody" (see: ash agent list)\n'
+
+
+def test_a_session_that_is_not_there_is_named(ash: Ash, stub: StubServer) -> None:
+    assert ash("session", "get", "1234").err == "error: no session 1234 (see: ash session list)\n"
+    stub.sessions["nope"] = {}
+    stub.refusals["/api/sessions/nope"] = (400, {"error": "params/id must match format \"uuid\", got 'nope'"})
+    assert ash("session", "get", "nope").err == "error: 'nope' is not a session id (see: ash session list)\n"
+
+
+def test_a_linked_server_that_does_not_answer_can_be_unlinked(call: Ash) -> None:
+    call("link", "http://127.0.0.1:1")
+    assert "`ash unlink`" in call("agent", "list").err
+    assert "`ash unlink`" not in call("agent", "list", "--server", "http://127.0.0.1:1").err
+
+
+def test_a_wrong_option_is_told_in_one_line(call: Ash) -> None:
+    assert call("start", "--bogus").err == "error: unrecognized arguments: --bogus; see: ash start --help\n"
+
+
+def test_a_server_that_is_not_ash_is_told_by_what_it_lacks(call: Ash, stub: StubServer) -> None:
+    stub.refusals["/health"] = (200, {"ok": True})
+    done = call("health", "--server", stub.url)
+    assert (done.code, done.err) == (1, "error: the server's Health lacks status; is this address an Ash server?\n")
 
 
 def test_no_server_says_how_to_start_one(call: Ash) -> None:
@@ -72,7 +95,9 @@ def test_no_server_says_how_to_start_one(call: Ash) -> None:
 
 def test_a_missing_key_says_where_to_give_it(ash: Ash, stub: StubServer) -> None:
     stub.key = "ash_secret"
-    assert ash("agent", "list", "--api-key", "wrong").err.startswith("error: Missing Authorization header (")
+    assert "--api-key is not accepted" in ash("agent", "list", "--api-key", "wrong").err
+    told = ash("agent", "list").err
+    assert all(word in told for word in ("--api-key", "ASH_API_KEY", "initial-api-key"))
     assert ash("agent", "list", "--api-key", "ash_secret").code == 0
 
 

@@ -57,8 +57,10 @@ def test_a_detached_server_is_found_logged_and_stopped(tmp_path: Path, data_dir:
     started = run("start", "--detach", "--port", "0", "--json", env=env(tmp_path))
     assert started.code == 0, started.err
     server = json.loads(started.out)
+    assert "unprotected" in started.err, "a warning of the server"
     again = run("start", "--detach", "--port", "0", env=env(tmp_path))
-    assert (again.code, server["url"] in again.out) == (0, True)
+    assert (again.code, f"export ASH_SERVER_URL={server['url']} " in again.out, "Ignored" in again.err) == (0, True, False)
+    assert "on that data folder: --port, --model. `ash stop`" in run("start", "-d", "--port", "1", "--model", "x", env=env(tmp_path)).err
     assert f"Running: {server['url']} (pid {server['pid']}" in run("status", env=env(tmp_path)).out
     assert server["url"] in run("logs", env=env(tmp_path)).out
     assert (data_dir / "server.log").stat().st_mode & 0o777 == 0o600

@@ -27,15 +27,6 @@ def test_create_prints_the_session_as_json(ash: Ash, stub: StubServer) -> None:
     ]
 
 
-def test_create_takes_mcp_servers_from_a_file(ash: Ash, stub: StubServer, tmp_path: Path) -> None:
-    file = tmp_path / "mcp.json"
-    file.write_text('{"mcpServers": {"x": {"command": "run"}}}')
-    assert ash("session", "create", "my-agent", "--mcp-config", str(file)).code == 0
-    assert stub.posts("/api/sessions")[0]["mcpServers"] == {"x": {"command": "run"}}
-    file.write_text("[]")
-    assert "mcp.json" in ash("session", "create", "my-agent", "--mcp-config", str(file)).err
-
-
 def test_send_prints_the_answer(ash: Ash, id: str) -> None:
     assert ash("session", "send", id, "Hi") == (0, "Hello, Ada.\n", "")
     assert ash("session", "send", id, stdin="piped").out == "Hello, Ada.\n"
@@ -72,8 +63,23 @@ def test_exec_passes_everything_on(ash: Ash, stub: StubServer, id: str) -> None:
     stub.exec_result = {"exitCode": 3, "stdout": "out\n", "stderr": "err\n"}
     assert ash("session", "exec", id, "false") == (3, "out\n", "err\n")
     stub.exec_result = {"exitCode": 124, "stdout": "", "stderr": "", "timedOut": True}
-    done = ash("session", "exec", id, "sleep 9", "--timeout", "100")
+    done = ash("session", "exec", id, "--timeout", "100", "sleep 9")
     assert (done.code, "100 ms" in done.err) == (124, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["ls", "-la", "--json", "a b"], "ls -la --json 'a b'"),
+        (["echo $HOME | wc"], "echo $HOME | wc"),
+        (["grep", "--", "-x", "f"], "grep -- -x f"),
+        (["--", "ls", "-h", "--"], "ls -h --"),
+        (["--cwd", "/tmp", "ls", "--cwd", "x"], "ls --cwd x"),
+    ],
+)
+def test_exec_takes_the_command_literally(ash: Ash, stub: StubServer, id: str, words: list[str], command: str) -> None:
+    assert ash("--no-color", "session", "exec", id, *words).code == 0
+    assert stub.posts("/exec")[-1]["command"] == command
 
 
 def test_tail_shows_an_event_a_line_and_no_deltas(ash: Ash, stub: StubServer, id: str) -> None:
@@ -108,8 +114,14 @@ def test_health_is_json(ash: Ash) -> None:
     assert json.loads(ash("health").out)["status"] == "ok"
 
 
-def test_status_without_a_local_server_tells_of_the_one_that_is_talked_to(ash: Ash, stub: StubServer, tmp_path: Path) -> None:
-    done = ash("status", "--data-dir", str(tmp_path))
+def test_status_without_a_local_server_tells_of_the_one_that_is_talked_to(ash: Ash, stub: StubServer) -> None:
+    done = ash("status")
     assert done.code == 0
     assert f"Running: {stub.url}\n" in done.out
-    assert json.loads(ash("status", "--data-dir", str(tmp_path), "--json").out)["running"] is True
+    assert json.loads(ash("status", "--json").out)["running"] is True
+
+
+def test_status_of_a_data_folder_tells_of_no_other_server(ash: Ash, tmp_path: Path) -> None:
+    done = ash("status", "--data-dir", str(tmp_path))
+    assert (done.code, done.out.startswith(f"No server runs on {tmp_path}.")) == (1, True)
+    assert json.loads(ash("status", "--data-dir", str(tmp_path), "--json").out) == {"running": False, "dataDir": str(tmp_path)}

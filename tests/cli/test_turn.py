@@ -54,6 +54,7 @@ def test_text_of_a_subagent_is_not_the_answer() -> None:
         ([("error", {"error": "x"}), ("done", {"status": "failed"})], 1),
         ([result("x", is_error=True, subtype="error_max_turns"), ("done", {"status": "completed"})], 1),
         ([("done", {"status": "interrupted"})], 130),
+        ([result("x", is_error=True, subtype="error_during_execution"), ("done", {"status": "interrupted"})], 130),
     ],
 )
 def test_the_exit_code_says_how_the_turn_went(script: list[tuple[str, dict[str, Any]]], code: int) -> None:

@@ -7,6 +7,27 @@ from __future__ import annotations
 
 _PYTHON = "/usr/bin/python3 -I -c"
 
+# -3 is the session keyring; 10 searches it, 11 reads a key.
+_FIND_KEY = """
+import ctypes, sys
+libc = ctypes.CDLL(None)
+key = libc.syscall({keyctl}, 10, -3, b"user", b"{key_name}", 0)
+buffer = ctypes.create_string_buffer(64)
+sys.exit(not (key > 0 and libc.syscall({keyctl}, 11, key, buffer, 64) > 0))
+"""
+# 438 is pidfd_getfd.
+_TAKE_SOCKETS = """
+import ctypes, os, stat, sys
+libc = ctypes.CDLL(None)
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    if b"--listen-fd" in open(f"/proc/{pid}/cmdline", "rb").read().split(b"\\0"):
+        fd = os.pidfd_open(int(pid))
+        taken = [libc.syscall(438, fd, number, 0) for number in range(3, 30)]
+        if any(own >= 0 and stat.S_ISSOCK(os.fstat(own).st_mode) for own in taken):
+            sys.exit(0)
+sys.exit(1)
+"""
+
 ATTACKS = {
     # files of the host
     "read root's home": "ls /root",
@@ -47,6 +68,8 @@ ATTACKS = {
     "find a secret in an environment": "cat /proc/[0-9]*/environ | tr '\\0' '\\n' | grep -a canary",
     "find a secret in a command line": "cat /proc/1/cmdline /proc/2/cmdline | tr '\\0' '\\n' | grep -a -e canary -e secret -e {data_dir}",
     "find an open file of the server": "ls -l /proc/[0-9]*/fd 2>/dev/null | grep -e ash.db -e canary -e mnt:",
+    "find a key in the server's session keyring": _PYTHON + f" '{_FIND_KEY}'",
+    "take the bridge's sockets": _PYTHON + f" '{_TAKE_SOCKETS}'",
     # network and sockets
     "reach the internet": _PYTHON + " 'import socket; socket.create_connection((\"1.1.1.1\", 53), 2)'",
     "reach the metadata service": _PYTHON + " 'import socket; socket.create_connection((\"169.254.169.254\", 80), 2)'",

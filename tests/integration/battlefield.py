@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import socket
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from ash.isolation.keyring import KEYCTL
 from ash.sandbox import Sandbox
 from tests.integration.attacks import commands
 from tests.sandboxes import Pool
@@ -29,6 +32,17 @@ print(count)
 """
 
 
+KEY_NAME = "ash-canary"
+_ADD_KEY = {"x86_64": 248, "aarch64": 217}
+
+
+def plant_key() -> bool:
+    """Put a key into this thread's session keyring, as a login does. Before a pool is opened, which leaves that keyring."""
+    number = _ADD_KEY.get(platform.machine())
+    libc = ctypes.CDLL(None)
+    return number is not None and libc.syscall(number, b"user", KEY_NAME.encode(), b"canary", 6, -3) > 0
+
+
 @asynccontextmanager
 async def prepared(pool: Pool) -> AsyncIterator[dict[str, Any]]:
     """The facts that `attacks.commands` takes; each is real."""
@@ -47,6 +61,7 @@ async def prepared(pool: Pool) -> AsyncIterator[dict[str, Any]]:
         yield {
             "data_dir": pool.data_dir, "other": pool.session_dir("other"), "project": PROJECT, "server_pid": os.getpid(),
             "port": port.getsockname()[1], "host_socket": host_socket, "abstract": abstract, "other_gateway": pool.opened[other.id],
+            "keyctl": KEYCTL.get(platform.machine(), -1), "key_name": KEY_NAME,
         }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ async def main(root: str) -> None:
     from tests.integration import battlefield
     from tests.sandboxes import open_pool
 
+    battlefield.plant_key()
     with tempfile.TemporaryDirectory(prefix="ash-") as data_dir:
         async with open_pool(data_dir, warm=1) as pool:
             if pool.status().isolation == "unavailable":

@@ -11,14 +11,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ash.errors import ConfigError
-from ash.isolation import launch
+from ash.errors import ConfigError, SandboxFailed
+from ash.isolation import folders, launch
 from ash.isolation.folders import UIDS
 from ash.sandbox import Sandbox
 from tests.integration import battlefield
@@ -71,6 +72,7 @@ def worked() -> dict[str, str]:
     """The attacks that worked on a sandbox of a server run by whoever runs the tests."""
 
     async def fight() -> dict[str, str]:
+        battlefield.plant_key()
         with tempfile.TemporaryDirectory(prefix="ash-") as data_dir:
             async with open_pool(data_dir) as pool:
                 require_isolation(pool)
@@ -311,6 +313,72 @@ async def test_a_warm_sandbox_that_died_is_not_handed_out(warm_pool: Pool) -> No
     await until(lambda: warm_pool.status().warm == 2)
 
 
+async def test_a_warm_sandbox_that_cannot_be_filled_leaves_nothing(warm_pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill_half(session_dir: str, *arguments: Any, **named: Any) -> None:
+        Path(session_dir, "workspace", "half").touch()
+        raise SandboxFailed("No space left on device")
+
+    doomed = warm_pool._warm[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(folders, "fill", fill_half)
+        with pytest.raises(SandboxFailed, match="No space left"):
+            await warm_pool.take("s1")
+    assert not is_alive(doomed.handle.pid)
+    assert not warm_pool.session_dir("s1").exists()
+    assert doomed.handle.uid not in warm_pool._uids._used
+    assert await output(await warm_pool.take("s1"), "cat CLAUDE.md") == "be kind"
+
+
+async def test_a_claim_cancelled_while_it_is_filled_leaves_nothing(warm_pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def fill_late(session_dir: str, *arguments: Any, **named: Any) -> None:
+        began.set()
+        go_on.wait(5)
+        os.makedirs(os.path.join(session_dir, "workspace", "late"))
+
+    monkeypatch.setattr(folders, "fill", fill_late)
+    claiming = asyncio.create_task(warm_pool.take("s1"))
+    await until(began.is_set)
+    claiming.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await claiming
+    assert not warm_pool.session_dir("s1").exists()
+
+
+async def test_the_pool_survives_an_error_that_nobody_foresaw(data_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = 0
+
+    async def break_once(pool: Pool) -> Sandbox:
+        nonlocal tried
+        tried += 1
+        if tried == 1:
+            raise RecursionError("nobody foresaw this")
+        return await original(pool)
+
+    original = Pool._start_warm
+    monkeypatch.setattr(Pool, "_start_warm", break_once)
+    monkeypatch.setattr("ash.sandbox.RETRY_DELAYS", (0.01,))
+    async with open_pool(data_dir, warm=1) as pool:
+        require_isolation(pool)
+        await until(lambda: pool.status().warm == 1)
+    assert tried == 2
+
+
+@needs_root
+async def test_two_sessions_that_share_a_uid_never_run_with_it_together(pool: Pool) -> None:
+    first, second = await pool.take("s1"), await pool.take("s2")
+    await output(second, "echo kept > note")
+    await second.stop()
+    assert first.handle.uid is not None
+    await asyncio.to_thread(folders.adopt, str(pool.session_dir("s2")), first.handle.uid)
+    woken = await pool.take("s2", fresh=False)
+    assert woken.handle.uid != first.handle.uid
+    assert await output(woken, "cat note /agent/CLAUDE.md; echo more >> note") == "kept\nbe kind"
+
+
 async def test_a_warm_sandbox_gives_way_when_all_places_are_taken(warm_pool: Pool) -> None:
     for name in ("s1", "s2", "s3"):
         await (await warm_pool.take(name)).stop(grace=0)
@@ -331,7 +399,7 @@ async def test_an_interpreter_in_a_private_home_is_brought_along(data_dir: str) 
             assert os.path.realpath(f"/proc/{bridge}/exe") == os.path.realpath(sys.executable)
             assert pool._isolation is not None
             assert pool._isolation.python.version == version
-            assert (await sandbox.exec("touch $(dirname $(readlink -f /proc/2/exe))/x")).exit_code != 0
+            assert (await sandbox.exec(f"touch '{os.path.dirname(os.path.realpath(sys.executable))}/x'")).exit_code != 0
     except ConfigError as error:
         pytest.skip(f"the tests' interpreter cannot be mounted: {error}")
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from ash.errors import CapacityReached, SandboxFailed
+from ash.errors import CapacityReached, InvalidRequest, SandboxFailed
 from ash.isolation import folders
 from ash.isolation.folders import UIDS, Folders, Uids
 
@@ -198,26 +200,145 @@ def test_a_folder_of_another_kind_of_server_is_taken_over(places: Folders, agent
     assert folders.find_owner(str(session)) == UIDS[3]
 
 
-def test_a_uid_is_given_once() -> None:
-    uids = Uids("/data")
-    assert len({uids.take([]) for _ in range(1000)}) == 1000
+def test_a_uid_is_given_once_however_many_threads_ask() -> None:
+    uids, before = Uids("/data"), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            found = list(threads.map(uids.take, map(str, range(3000))))
+    finally:
+        sys.setswitchinterval(before)
+    assert len(set(found)) == 3000
 
 
 @needs_root
 def test_uids_of_sessions_on_disk_are_not_given_again(places: Folders, agent: Path) -> None:
-    first = Uids(places.data).take([])
+    first = Uids(places.data).take("one")
     make_session(places, agent, first)
     uids = Uids(places.data)
     uids.scan(places.sessions)
-    assert uids.take([]) != first
+    assert uids.take("two") != first
 
 
 def test_when_every_uid_was_used_those_without_a_sandbox_are_given_again() -> None:
     uids = Uids("/data")
-    for uid in UIDS:
-        uids.reserve(uid)
-    assert uids.take(list(UIDS)[1:]) == UIDS[0]
+    for number, uid in enumerate(UIDS):
+        assert uids.take(str(number), uid) == uid
     with pytest.raises(CapacityReached, match="capacity reached"):
-        uids.take(UIDS)
-    uids.release(UIDS[7])
-    assert uids.take(UIDS) == UIDS[7]
+        uids.take("one more")
+    uids.let_go("7")
+    assert uids.take("one more") == UIDS[7]
+
+
+def test_a_folder_keeps_its_uid_unless_another_sandbox_runs_with_it() -> None:
+    uids = Uids("/data")
+    assert uids.take("one", UIDS[3]) == UIDS[3]
+    assert uids.take("two", UIDS[3]) != UIDS[3]
+    uids.let_go("one")
+    assert uids.take("three", UIDS[3]) == UIDS[3]
+
+
+# Trees that somebody hostile made
+
+
+def nest(folder: Path, levels: int) -> None:
+    """Folders in folders, deeper than a path can say."""
+    current = os.open(folder, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir("d", dir_fd=current)
+        os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=current))
+        inner = os.open("d", os.O_RDONLY, dir_fd=current)
+        os.close(current)
+        current = inner
+    os.close(current)
+
+
+def test_a_very_deep_tree_is_not_copied_and_leaves_nothing(places: Folders, agent: Path) -> None:
+    session, fork = make_session(places, agent), Path(places.sessions, "two")
+    nest(session / "workspace", 1500)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(InvalidRequest, match="deeper than 200 levels"):
+        folders.copy_session(str(session), str(fork), None)
+    assert not fork.exists()
+    folders.remove_tree(str(session))
+    assert not session.exists()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@needs_root
+def test_a_very_deep_tree_can_be_taken_over(places: Folders, agent: Path) -> None:
+    session = make_session(places, agent)
+    nest(session / "home", 1500)
+    folders.adopt(str(session), UIDS[3])
+    assert (session / "home" / "d" / "d" / "file").stat().st_uid == UIDS[3]
+    assert (session / "agent").stat().st_gid == UIDS[3]
+    folders.remove_tree(str(session))
+    assert not session.exists()
+
+
+def test_a_tree_of_ordinary_depth_is_copied_whole(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    nest(source, 150)
+    folders.copy_tree(str(source), str(target), None, writable=True)
+    assert sorted(path.relative_to(target) for path in target.rglob("*")) == sorted(path.relative_to(source) for path in source.rglob("*"))
+
+
+def test_holes_of_a_sparse_file_stay_holes(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    with open(source / "sparse", "wb") as file:
+        file.seek(500_000_000)
+        file.write(b"data")
+        file.truncate(1_000_000_000)
+    folders.copy_tree(str(source), str(target), None, writable=True)
+    state = (target / "sparse").stat()
+    assert state.st_size == 1_000_000_000
+    assert state.st_blocks * 512 < 1_000_000
+    with open(target / "sparse", "rb") as file:
+        assert os.pread(file.fileno(), 8, 500_000_000) == b"data\0\0\0\0"
+
+
+def test_more_than_a_copy_may_take_is_refused_and_leaves_nothing(places: Folders, agent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, fork = make_session(places, agent), Path(places.sessions, "two")
+    (session / "workspace" / "big").write_bytes(b"x" * 3000)
+    os.link(session / "workspace" / "big", session / "workspace" / "again")
+    monkeypatch.setattr(folders, "MAX_COPY_BYTES", 5000)
+    with pytest.raises(InvalidRequest, match="they take more than"):
+        folders.copy_session(str(session), str(fork), None)
+    assert not fork.exists()
+
+
+def test_a_folder_that_was_closed_to_its_owner_is_removed(tmp_path: Path) -> None:
+    doomed = tmp_path / "doomed"
+    (doomed / "closed" / "inner").mkdir(parents=True)
+    (doomed / "closed" / "file").touch()
+    if os.geteuid() == 0:
+        tmp_path.chmod(0o777)
+        for path in (doomed, *doomed.rglob("*")):
+            os.chown(path, UIDS[0], UIDS[0])
+    for name, mode in (("closed/inner", 0o000), ("closed", 0o000), (".", 0o500)):
+        (doomed / name).chmod(mode)
+    before = os.geteuid()
+    parent = os.open(tmp_path, os.O_RDONLY)
+    try:
+        os.fchdir(parent)
+        if before == 0:
+            os.seteuid(UIDS[0])
+        folders.remove_tree("doomed")
+    finally:
+        os.seteuid(before)
+        os.chdir(Path(__file__).parents[2])
+        os.close(parent)
+    assert not doomed.exists()
+
+
+def test_what_a_link_points_to_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / "kept" / "inner").mkdir(parents=True)
+    (tmp_path / "doomed").mkdir()
+    (tmp_path / "doomed" / "link").symlink_to(tmp_path / "kept")
+    folders.remove_tree(str(tmp_path / "doomed"))
+    assert (tmp_path / "kept" / "inner").exists()
+    assert not (tmp_path / "doomed").exists()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
+import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -296,3 +299,40 @@ async def test_a_closed_inbox_gives_what_it_has_and_then_ends() -> None:
     await inbox.put(done(1), 1)
     inbox.close()
     assert [await inbox.get(), await inbox.get()] == [[done(1)], []]
+
+
+@pytest.mark.parametrize("piece", [b'"",', b'"\\\\",', b"{},", b"1,"])
+def test_a_line_of_nothing_but_values_is_refused_at_little_cost(piece: bytes) -> None:
+    line = b'{"ev":"delta","n":1,"turn_id":"t","data":{"a":[' + piece * 8_000_000 + b"1]}}"
+    tracemalloc.start()
+    began = time.process_time()
+    with pytest.raises(ProtocolError, match="more than 1000000 values"):
+        parse_event(line)
+    took, peak = time.process_time() - began, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert took < 3
+    assert peak < 4 * len(line) + 200_000_000
+
+
+def test_escapes_do_not_hide_where_a_text_ends() -> None:
+    text = '\\"' * 1_200_000 + "\\" + '"],[' * 1_200_000
+    assert parse_event(json.dumps({"ev": "log", "n": 1, "level": "info", "text": text}).encode())["text"] == text
+
+
+async def test_a_large_line_is_read_beside_the_loop_and_stays_in_its_place(link: Link, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = {}
+
+    def watched(line: bytes) -> dict[str, Any]:
+        event = parse_event(line)
+        threads[event["n"]] = threading.current_thread() is threading.main_thread()
+        return event
+
+    monkeypatch.setattr(links, "parse_event", watched)
+    reading = asyncio.create_task(link.run())
+    await begin_turn(link, peer)
+    peer.send(delta(1), delta(2, text="x" * 2_000_000), done(3))
+    events = one_by_one(link.batches())
+    assert [(await asyncio.wait_for(anext(events), 5))["n"] for _ in range(3)] == [1, 2, 3]
+    assert threads == {0: True, 1: True, 2: False, 3: True}
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)

@@ -56,6 +56,21 @@ def test_the_systems_interpreters_come_first() -> None:
     assert all(os.access(path, os.X_OK) for path in found)
 
 
+@pytest.mark.parametrize("inside", ["/", "{home}", "{home}/.local", "{above}", "{data}", "{above_data}"])
+def test_a_prefix_that_holds_more_than_an_interpreter_is_refused(inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, data = tmp_path / "people" / "me", tmp_path / "place" / "data"
+    monkeypatch.setenv("HOME", str(home))
+    prefix = inside.format(home=home, above=home.parent, data=data, above_data=data.parent)
+    with pytest.raises(ConfigError, match=r"would be shown to every sandbox.*give a Python"):
+        interpreter.check_prefix(prefix, str(data))
+
+
+@pytest.mark.parametrize("prefix", ["/usr", "/opt/python", "{home}/.pyenv/versions/3.12.1", "{home}/.local/share/uv/python/cpython-3.12"])
+def test_an_interpreters_own_folder_is_taken(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    interpreter.check_prefix(prefix.format(home=tmp_path), str(tmp_path / ".ash"))
+
+
 # What the sandboxes share
 
 

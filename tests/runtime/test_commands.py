@@ -54,6 +54,10 @@ def test_every_simple_command_is_found(command: str, expected: list[str]) -> Non
         ("cmd >& f", ("f",), ()),
         ("cmd >| f < g", ("f",), ("g",)),
         ("cmd 2>&-", (), ()),
+        ("cmd 2>&1-", (), ()),
+        ("cmd >&2f", ("2f",), ()),
+        ("cmd >&2\\\nf", ("2f",), ()),
+        ("cmd {a,b}> f", ("f",), ()),
     ],
 )
 def test_redirections_are_kept_apart(command: str, writes: tuple[str, ...], reads: tuple[str, ...]) -> None:
@@ -88,25 +92,28 @@ def test_what_can_run_something_unseen_is_not_clear(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["a && b", "for f in *; do cat $f; done", "if [ -f x ]; then a; else b; fi", "echo $((1 + 2))", "! a", "a 2>&1 | b"]
+    "command",
+    [
+        "time -p a",
+        "cat <<E\n$x ${y}\nE",
+        "a \\\n b",
+        '"$x" "${y}"',
+        "a && b",
+        "for f in *; do cat $f; done",
+        "if [ -f x ]; then a; else b; fi",
+        "echo $((1 + 2))",
+        "! a",
+        "a 2>&1 | b",
+    ],
 )
 def test_plain_commands_are_clear(command: str) -> None:
     assert analyse(command).is_clear
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "rm x", "'rm' x", "r\\m x", '"rm" x', "/bin/rm x", "A=1 rm x", "sudo rm x", "sudo -u bob rm x", "timeout 5 rm x",
-        "env A=1 rm x", "nohup rm x",
-        "if true; then rm x; fi", "! rm x", "{ rm x; }", "sh -c 'rm x'", "bash -lc 'a; rm x'", "eval 'rm x'", "eval rm x",
-        "find . -exec rm x ';'",
-        "ls | xargs rm x", "ls | xargs -n 1 rm x", "command rm x", "time rm x", "sudo sh -c 'rm x'",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("command", ["rm x", "'rm' x", "r\\m x", '"rm" x', "/bin/rm x", "A=1 rm x", "! rm x", "{ rm x; }", ">f rm x"])
 def test_the_command_behind_a_disguise_is_seen(command: str) -> None:
     found = [alias for part in analyse(command).parts for alias in aliases(part)]
-    assert any(alias == "rm x" or alias.startswith("rm x ") for alias in found), found
+    assert "rm x" in found
 
 
 @pytest.mark.parametrize(

@@ -411,6 +411,41 @@ def test_an_image_of_a_tool_that_the_provider_refuses_is_replaced_by_a_note(brid
     assert sent(bridge)[2]["content"][0]["content"][0]["text"].startswith("[image left out")
 
 
+TOO_LONG = api_error(400, "invalid_request_error", "prompt is too long: 210000 tokens > 200000 maximum")
+
+
+@pytest.mark.parametrize("answer", [TOO_LONG, api_error(413, "request_too_large", "no")])
+def test_results_that_outgrow_the_context_are_left_out_of_the_next_turn(bridge: Driver, answer: bytes) -> None:
+    big = tool("Bash", command="head -c 20000 /dev/zero | tr '\\0' x")
+    bridge.gateway.script = [text("hello"), calls(tool("Bash", command="echo kept")), calls(big), answer, text("fine")]
+    bridge.turn("first")
+    assert result(bridge.turn("second", "t2"))["is_error"]
+    assert result(bridge.turn("third", "t3"))["result"] == "fine"
+    conversation = json.dumps(sent(bridge))
+    assert "result of 20002 characters left out" in conversation
+    assert "kept" in conversation
+    assert len(conversation) < 5000
+
+
+@pytest.mark.parametrize("answer", [TOO_LONG, api_error(400, "invalid_request_error", "messages.1: wrong")])
+def test_a_turn_that_cannot_be_shortened_is_forgotten(bridge: Driver, answer: bytes) -> None:
+    big = tool("Write", file_path="x", content="y" * 20000)
+    bridge.gateway.script = [text("hello"), calls(big), answer, text("fine")]
+    bridge.turn("first")
+    bridge.turn("second", "t2")
+    assert result(bridge.turn("third", "t3"))["result"] == "fine"
+    assert [message["content"] for message in sent(bridge)] == ["first", "hello", "third"]
+
+
+def test_an_image_and_a_long_text_are_both_left_out_when_they_are_too_long(bridge: Driver) -> None:
+    (bridge.root / "workspace" / "x.png").write_bytes(b"\x89PNG\r\n" + b"x" * 3000)
+    uses = calls(tool("Read", file_path="x.png"), tool("Bash", "b", command="head -c 20000 /dev/zero | tr '\\0' x"))
+    bridge.gateway.script = [uses, TOO_LONG, text("fine")]
+    bridge.turn("first")
+    assert result(bridge.turn("second", "t2"))["result"] == "fine"
+    assert len(json.dumps(sent(bridge))) < 5000
+
+
 def test_a_gateway_that_comes_late_is_waited_for(bridge: Driver) -> None:
     path = bridge.gateway.path
     os.rename(path, path + ".away")

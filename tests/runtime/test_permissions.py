@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,6 +93,178 @@ def test_an_allowed_command_runs(paths: Paths, rule: str, command: str) -> None:
 )
 def test_a_rule_allows_nothing_beyond_its_command(paths: Paths, rule: str, command: str) -> None:
     assert not allows(paths, rule, command)
+
+
+_T = "$(touch pwned)"
+HIDDEN = [
+    "for x do touch pwned; done",
+    "for x { touch pwned; }",
+    "time for x do touch pwned; done",
+    "for x in 1; do touch pwned; done",
+    f""": "${{x:-'{_T}'}}" """,
+    f""": "${{x-'{_T}'}}" """,
+    f""": "${{x:='{_T}'}}" """,
+    f""": "${{x+'}}{_T}'}}" """,
+    f"""HOME=; : "${{HOME:-'{_T}'}}" """,
+    f""": <<E\n${{x:-'{_T}'}}\nE""",
+    f""": <<< "${{x:-'{_T}'}}" """,
+    f""": $(( ${{x:-'a[{_T}]'}} ))""",
+    ': "`: \\"\'\\"; touch pwned; : \\"\'\\"`"',
+    ": `touch pwned`",
+    ": `: \\`touch pwned\\``",
+    f"test -v 'a[{_T}]'",
+    f"[ -v 'a[{_T}]' ]",
+    f"[ ! -v 'a[{_T}]' ]",
+    f"[ a = a -a -v 'a[{_T}]' ]",
+    f"if [ -v 'a[{_T}]' ]; then :; fi",
+    f"time test -v 'a[{_T}]'",
+    f"for o in -v; do test $o 'a[{_T}]'; done",
+    f"for o in -v; do test \"$o\" 'a[{_T}]'; done",
+    "for o in '-v a[$(touch${IFS}pwned)]'; do [ $o ]; done",
+    f"test -{{v,v}} 'a[{_T}]' -o -v 'a[{_T}]'",
+    f"""for x in '{_T}'; do : "${{x@P}}"; done""",
+    f"for i in 'a[{_T}]'; do : $[i]; done",
+    f"for i in 'a[{_T}]'; do : \"$[i]\"; done",
+    f"for i in 'a[{_T}]'; do : $((i)); done",
+    f"for i in 'a[{_T}]'; do ((i)); done",
+    f"for npm in 'a[{_T}]'; do ((npm)); done",
+    f"for i in 'a[{_T}]'; do : ${{PWD:i}}; done",
+    f"for i in 'a[{_T}]'; do : ${{PWD:0:i}}; done",
+    f"for i in 'a[{_T}]'; do : ${{!i}}; done",
+    f"for i in 'a[{_T}]'; do : <<E\n$[i]\nE\ndone",
+    f"for i in 'a[{_T}]'; do [[ i -eq 0 ]]; done",
+    "coproc touch pwned",
+    "coproc npm { touch pwned; }",
+    "time coproc npm { touch pwned; }",
+    ": $\\\n(touch pwned)",
+    ': "$\\\n(touch pwned)"',
+    ": <<E\n$\\\n(touch pwned)\nE",
+    ": <<E\na\\\nE\n: '\nE\ntouch pwned\n: '",
+    "npm() { touch pwned; }; npm",
+    "function npm { touch pwned; }; npm",
+    "case x in x) touch pwned;; esac",
+    "for PATH in .; do npm; done",
+    "PATH=. npm",
+    "{PATH}</dev/null npm; touch pwned",
+    "trap 'touch pwned' EXIT",
+    "eval 'touch pwned'",
+    "'eval' 'touch pwned'",
+    "\\. ./npm",
+    "exec ./npm",
+    "nice 5evil npm; touch pwned",
+    f"wait -n -p 'a[{_T}]' & wait -n -p 'a[{_T}]'",
+    f"printf -v 'a[{_T}]' x",
+    f"time printf -v 'a[{_T}]' x",
+    f"for o in -v; do printf $o 'a[{_T}]' x; done",
+    f"unset 'a[{_T}]'",
+    f": $'\\047' {_T} $'\\047'",
+    f': $"{_T}"',
+    ": | touch pwned",
+    ": & touch pwned",
+    ": |& touch pwned",
+    ": <(touch pwned); wait; for i in 1 2; do pwd; done",
+    "(:; (touch pwned))",
+    "while touch pwned; do exit; done",
+    "until ! touch pwned; do exit; done",
+    "{ touch pwned; }",
+    ": #'\ntouch pwned #'",
+    ": > pwned",
+    ": >&pwned",
+    ": >& pwned",
+    ": &>pwned",
+    ": >|pwned",
+    ": <>pwned",
+    ": 2>>pwned",
+    "{ :; } > pwned",
+    "for x in 1; do :; done > pwned",
+    ": {fd}> pwned",
+    "for x in pwned; do : > $x; done",
+]
+
+
+@pytest.mark.parametrize("command", HIDDEN)
+@pytest.mark.parametrize("rules", [("Read",), ("Bash(npm:*)", "Bash(printf:*)", "Bash(unset:*)", "Bash(coproc)")], ids=["none", "some"])
+def test_what_a_command_hides_needs_a_rule_of_its_own(paths: Paths, command: str, rules: tuple[str, ...]) -> None:
+    assert denial(strict(paths, *rules), "Bash", command=command) is not None
+
+
+def test_what_is_hidden_does_run_where_nobody_stops_it(paths: Paths) -> None:
+    """Else the test above would prove nothing. What stays without effect is a form that other versions of the shell run."""
+    Path(paths.workspace, "npm").write_text("#!/bin/sh\n/usr/bin/touch pwned\n")
+    Path(paths.workspace, "npm").chmod(0o755)
+    without_effect = [command for command in HIDDEN if not _touches(paths.workspace, command)]
+    assert len(without_effect) < len(HIDDEN) / 8, without_effect
+
+
+def _touches(folder: str, command: str) -> bool:
+    canary = Path(folder, "pwned")
+    canary.unlink(missing_ok=True)
+    subprocess.run(["bash", "-c", command], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, timeout=5, check=False)
+    return canary.exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "ls >&2file", "ls >&2\\\nfile", "cd / && pwd > f", "cd ..; pwd > f", "pushd / && pwd > f",
+        "pwd > ~+/../f", "pwd > ~/f", "pwd > ~-/f",
+        "pwd > $HOME/f", "pwd > ../f", "pwd > {a,../f}", "(cd ..; pwd > f)", "if cd /; then pwd; fi > f", "builtin cd / && pwd > f",
+        "pwd > /dev/tcp/127.0.0.1/9",
+    ],
+)  # fmt: skip
+def test_a_redirection_never_leads_out_of_the_workspace(paths: Paths, command: str) -> None:
+    permissions = Permissions(Settings(), paths, mode="acceptEdits", allowed=["Bash(ls)", "Bash(builtin cd:*)", "Bash(pushd:*)"])
+    is_inside = command == "ls >&2file"
+    assert (denial(permissions, "Bash", command=command) is None) == is_inside
+    assert denial(strict(paths, "Bash(ls)", "Bash(pwd)"), "Bash", command=command) is not None
+
+
+def test_a_redirection_means_the_folder_that_an_earlier_call_went_to(paths: Paths) -> None:
+    accepting = Permissions(Settings(), paths, mode="acceptEdits")
+    given = {"command": "pwd > f"}
+    assert accepting.denial("Bash", given, is_read_only=False, folder=f"{paths.workspace}/sub") is None
+    assert accepting.denial("Bash", given, is_read_only=False, folder="/") is not None
+    denying = Permissions(Settings(deny=("Edit(sub/f)",)), paths)
+    assert denying.denial("Bash", given, is_read_only=False, folder=f"{paths.workspace}/sub") is not None
+    assert denial(denying, "Bash", command="cd sub && pwd > f") is not None
+
+
+@pytest.mark.parametrize(
+    "command", ["[ -f x ] && pwd", "test -d a/b", "wait 12", "exit 3", "cd x; pwd 2>/dev/null", "time for x in a; do :; done"]
+)
+def test_what_only_concerns_the_shell_needs_no_rule(paths: Paths, command: str) -> None:
+    assert denial(strict(paths), "Bash", command=command) is None
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "timeout -s KILL 5 rm x", "timeout --kill-after 3 5 rm x", "timeout 1.5s rm x", "sudo rm x", "sudo -u bob -n rm x", "sudo -- rm x",
+        "env A=1 rm x", "env -u A -i rm x", "env -C /tmp -i rm x", "env -S 'rm x'", "nohup rm x", "command -p -- rm x", "time rm x",
+        "time -p rm x", "setsid -w rm x", "stdbuf -oL rm x", "ionice -c 3 rm x", "unshare rm x", "chroot / rm x", "flock f rm x",
+        "xargs -a f -n1 rm", "ls | xargs rm x", "ls | xargs -I {} rm {}", "xargs -d '\\n' rm",
+        "find . -exec rm x ';'", "find . -exec env rm {} +",
+        "find . -exec sh -c 'rm x' \\;", "find . -execdir /bin/rm {} \\;", "find . -ok rm {} \\;", "for x do rm y; done",
+        "function f { rm x; }; f", "f() { rm x; }; f", "coproc NAME { rm x; }", "coproc rm x", "trap 'rm x' EXIT", "sh -c 'rm x'",
+        "bash -lc 'a; rm x'", "bash -o errexit -c 'rm x'", "sudo sh -c 'rm x'", "sudo bash -c \"sh -c 'r\\\"m\\\" x'\"", "eval 'rm x'",
+        "eval rm x", "builtin eval 'rm x'", "A=1 sudo rm x", "! sudo rm x", "echo rm x | sh", "echo rm x | sudo bash", "bash <<< 'rm x'",
+        "{rm,x}", "case a in a) rm x;; esac", ": \"${x:-'$(rm x)'}\"", "if true; then rm x; fi", "x=rm; $x y", ": `rm x`", "rm\\\n x",
+    ],
+)  # fmt: skip
+def test_a_denied_command_is_caught_behind_whatever_starts_it(paths: Paths, command: str) -> None:
+    assert denies(paths, "Bash(rm:*)", command)
+
+
+def test_a_denied_file_is_caught_in_what_cannot_be_taken_apart(paths: Paths) -> None:
+    for command in ("sh -c 'echo x > .env'", ": \"${x:-'$(echo > .env)'}\"", "case a in a) echo>>.env;; esac"):
+        assert denies(paths, "Edit(.env)", command), command
+
+
+def test_rules_with_many_stars_are_quick(paths: Paths) -> None:
+    started = time.monotonic()
+    assert not denies(paths, "Bash(a*a*a*a*b)", "a" * 100_000)
+    assert not denies(paths, "Bash(a*a*a*a*b:*)", "X=1; " + "a" * 100_000)
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from ash.runtime.interrupt import Interrupt, Interrupted
+from ash.runtime.patterns import Glob, _accepts, _tokens, translate
 from ash.runtime.tools import TOOLS, Outcome, ToolError, Workbench, check
 from tests.runtime.fakes import WAIT, until
 
@@ -78,7 +80,8 @@ def test_bash_has_an_empty_input(bench: Workbench) -> None:
         ("f() { echo hi; }; export -f f", "f", "hi"),
         ("A=1", "echo [$A]", "[]"),
         ("mkdir 'a\nb'; cd 'a\nb'", 'basename "$PWD"', "a\nb"),
-        ("exec 9>&-; cd /usr", "pwd", None),
+        ("exec 250>&-; cd /usr", "pwd", None),
+        ("exec 9>lock; export A=1; cd /usr", "pwd", "/usr"),
         ("kill -9 $$", "echo fine", "fine"),
         ("echo 'unbalanced", "echo fine", "fine"),
     ],
@@ -86,6 +89,11 @@ def test_bash_has_an_empty_input(bench: Workbench) -> None:
 def test_what_the_shell_keeps_between_calls(bench: Workbench, work: Path, first: str, second: str, expected: str | None) -> None:
     call(bench, "Bash", command=first)
     assert content(bench, "Bash", command=second) == (expected if expected is not None else str(work))
+
+
+def test_a_file_that_a_script_opens_gets_nothing_of_the_shell_s_state(bench: Workbench, work: Path) -> None:
+    call(bench, "Bash", command="exec 9>lock 3>other; flock -n 9; cd /usr")
+    assert (work / "lock").read_bytes() == (work / "other").read_bytes() == b""
 
 
 def test_a_folder_that_was_removed_is_left_for_the_workspace(bench: Workbench, work: Path) -> None:
@@ -246,6 +254,24 @@ def test_an_edit_must_be_unambiguous(bench: Workbench, work: Path) -> None:
     assert (work / "a").read_text() == "y y y"
 
 
+def test_an_edit_shows_the_line_numbers_that_read_shows(bench: Workbench, work: Path) -> None:
+    (work / "a").write_bytes("a\fb\x1cc\u2028d\x85e\nold\r\nend\n".encode())
+    call(bench, "Read", file_path="a")
+    shown = content(bench, "Edit", file_path="a", old_string="old", new_string="new").split("\n", 1)[1]
+    assert shown == content(bench, "Read", file_path="a")
+    assert shown.split("\n")[1:] == ["     2\tnew", "     3\tend"]
+
+
+@pytest.mark.parametrize("half", [chr(0xD800), chr(0xDC80)], ids=["high", "low"])
+def test_half_a_character_is_refused_in_words_and_nothing_is_written(bench: Workbench, work: Path, half: str) -> None:
+    assert "content: holds" in refused(bench, "Write", file_path="a", content=f"x{half}")
+    assert "new_string: holds" in refused(bench, "Edit", file_path="a", old_string="", new_string=half)
+    assert os.listdir(work) == []
+    call(bench, "Write", file_path="a", content="x")
+    assert "new_string: holds" in refused(bench, "Edit", file_path="a", old_string="x", new_string=half)
+    assert (work / "a").read_text() == "x"
+
+
 def test_an_empty_old_string_creates_a_file_only(bench: Workbench, work: Path) -> None:
     call(bench, "Edit", file_path="a", old_string="", new_string="x")
     assert (work / "a").read_text() == "x"
@@ -310,6 +336,42 @@ def test_glob_takes_a_folder_and_absolute_patterns(bench: Workbench, tree: Path)
     assert content(bench, "Glob", pattern=f"{tree}/src/*.py") == str(tree / "src/b.py")
     assert content(bench, "Glob", pattern="*.none") == "No files found"
     assert "no such folder" in refused(bench, "Glob", pattern="*", path="none")
+
+
+@pytest.mark.parametrize("pattern", ["*a*a*a*a*a*ab", "**/*a*a*a*ab", "{*a*a*a*b,*a*a*a*c}", "**a**a**a**a**b"])
+def test_a_glob_with_many_stars_is_quick(bench: Workbench, work: Path, pattern: str) -> None:
+    (work / ("a" * 200)).touch()
+    started = time.monotonic()
+    assert content(bench, "Glob", pattern=pattern) == "No files found"
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("path", ["a.py", "src/a.py", "src/x/y/ab.ts", "x", "a/b/c", "ab/cb", "src/a-b-c.tsx", ".a/b.c", "a\nb/c"])
+def test_globs_with_many_stars_mean_what_globs_with_few_do(path: str) -> None:
+    for pattern in (
+        "**/*.py",
+        "src/**/*",
+        "**",
+        "*",
+        "a/**/c",
+        "**/a*",
+        "?*",
+        "s*/**",
+        "**/[!a]*",
+        "{a,src}/*",
+        "*/b?*",
+        "a**",
+        "**b/c",
+        "[]a]*",
+    ):
+        expected = re.fullmatch(f"(?s:{translate(pattern)})", path) is not None
+        options = [pattern.replace("{a,src}", choice) for choice in ("a", "src")]
+        assert Glob(pattern).matches(path) == any(_accepts(_tokens(option), path) for option in options) == expected, pattern
+
+
+def test_a_glob_that_means_nothing_or_too_much_is_refused(bench: Workbench) -> None:
+    assert "pattern: " in refused(bench, "Glob", pattern="[z-a]")
+    assert "more than 64" in refused(bench, "Glob", pattern="{a,b}" * 10)
 
 
 def test_glob_says_when_there_are_more(bench: Workbench, work: Path) -> None:

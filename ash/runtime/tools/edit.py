@@ -28,7 +28,7 @@ def _run_write(bench: Workbench, given: Json, interrupt: Interrupt) -> Outcome:
     is_new = not os.path.lexists(path)
     if not is_new:
         _require_seen(bench, path)
-    _replace(path, given["content"].encode("utf-8", "replace"))
+    _replace(path, _encoded("content", given["content"]))
     remember(bench, path)
     detail = {"type": "create" if is_new else "update", "filePath": path, "content": given["content"][:_SNIPPET]}
     return Outcome(f"The file {path} was {'created' if is_new else 'replaced'}.", detail)
@@ -41,6 +41,7 @@ def _run_edit(bench: Workbench, given: Json, interrupt: Interrupt) -> Outcome:
     if not old:
         return _create(bench, path, new)
     _require_seen(bench, path)
+    _encoded("new_string", new)
     before = _load(path)
     after, count = _substitute(before, old, new, replace_all=given.get("replace_all", False), path=path)
     _replace(path, after.encode("utf-8", "surrogateescape"))
@@ -54,9 +55,17 @@ def _run_edit(bench: Workbench, given: Json, interrupt: Interrupt) -> Outcome:
 def _create(bench: Workbench, path: str, content: str) -> Outcome:
     if os.path.lexists(path) and (not os.path.isfile(path) or os.path.getsize(path)):
         raise ToolError(f"old_string is empty, which creates a file, but {path} exists. Read it and give the text to replace.")
-    _replace(path, content.encode("utf-8", "replace"))
+    _replace(path, _encoded("new_string", content))
     remember(bench, path)
     return Outcome(f"The file {path} was created.", {"type": "create", "filePath": path})
+
+
+def _encoded(field: str, content: str) -> bytes:
+    try:
+        return content.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(content[error.start]):04x}"
+        raise ToolError(f"{field}: holds {half} at {error.start}, half of a character, which no file can hold. Leave it out.") from error
 
 
 def _path(bench: Workbench, given: Json) -> str:
@@ -106,7 +115,8 @@ def _substitute(before: str, old: str, new: str, *, replace_all: bool, path: str
 
 def _snippet(before: str, after: str) -> str:
     start = next((index for index, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after)))
-    lines = after.splitlines()
+    lines = [line.removesuffix("\r") for line in after.split("\n")]  # as Read counts them; \f and the like end no line
+    lines = lines[:-1] if lines[-1] == "" else lines
     first = max(0, after.count("\n", 0, start) - _CONTEXT)
     last = after.count("\n", 0, start + max(0, len(after) - len(before))) + _CONTEXT + 1
     return "\n".join(f"{number:6d}\t{line}" for number, line in enumerate(lines[first:last], first + 1))[:_SNIPPET]

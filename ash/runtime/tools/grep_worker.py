@@ -9,10 +9,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from ash.runtime.patterns import translate
+from ash.runtime.patterns import Glob
 
 _PRUNED = (".git", ".hg", ".svn", "node_modules", "__pycache__", ".venv")
 _MAX_FILE_BYTES = 32 * 1024 * 1024
@@ -54,15 +54,16 @@ def compile_pattern(call: dict[str, Any]) -> re.Pattern[str]:
 
 
 def _filter(call: dict[str, Any]) -> Any:
-    names = []
+    names: list[Callable[[str], bool]] = []
     if "glob" in call:
         glob = call["glob"].removeprefix("./")
-        names.append(re.compile(f"(?s:{translate(glob if '/' in glob else '**/' + glob)})"))
+        names.append(Glob(glob if "/" in glob else "**/" + glob).matches)
     if "type" in call:
         if call["type"] not in _TYPES:
             raise ValueError(f"unknown type {call['type']!r}; use glob, or one of {', '.join(_TYPES)}")
-        names.append(re.compile(f".*\\.(?:{'|'.join(_TYPES[call['type']].split())})"))
-    return lambda path: all(name.fullmatch(os.path.relpath(path, call["path"]) if os.path.isdir(call["path"]) else path) for name in names)
+        endings = tuple(f".{ending}" for ending in _TYPES[call["type"]].split())
+        names.append(lambda path: path.endswith(endings))
+    return lambda path: all(matches(os.path.relpath(path, call["path"]) if os.path.isdir(call["path"]) else path) for matches in names)
 
 
 def _files(path: str) -> Iterator[str]:

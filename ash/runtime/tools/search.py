@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ash.runtime.interrupt import Interrupt
 from ash.runtime.paths import Paths
-from ash.runtime.patterns import translate
+from ash.runtime.patterns import Glob
 from ash.runtime.process import Output, Process, Room, run
 from ash.runtime.shell import decode
 from ash.runtime.tools.call import Json, Outcome, Tool, ToolError, Workbench, flag, number, schema, text
@@ -43,9 +43,13 @@ def _run_glob(bench: Workbench, given: Json, interrupt: Interrupt) -> Outcome:
     base, pattern = _split_pattern(bench.paths, given)
     if not os.path.isdir(base):
         raise ToolError(f"path: no such folder: {base}")
-    matches = re.compile(f"(?s:{translate(pattern)})").fullmatch
+    try:
+        matches = Glob(pattern).matches
+    except (re.error, ValueError) as error:
+        raise ToolError(f"pattern: {error}") from error
     found = []
     for path, modified in _walk(base, pattern, interrupt):
+        interrupt.check()
         if matches(os.path.relpath(path, base)) and bench.can_read(path):
             found.append((-modified, path))
     names = [path for _, path in sorted(found)][:MAX_FILES]
