@@ -15,6 +15,8 @@ from ash.errors import ProtocolError
 
 Json = dict[str, Any]
 DEFAULT_TENANT = "default"
+LONG_RESULT = 20_000
+"""Characters of a tool result beyond which it is left out of the conversation when its turn has failed."""
 MAX_BLOCKS = 1000
 """Most blocks in one message: each may become an event of its own."""
 RESERVED_VARIABLES = ("ANTHROPIC_", "CLAUDE_CODE_")
@@ -235,7 +237,8 @@ def rebuild_transcript(events: list[Event]) -> list[Json]:
     messages: list[Json] = []
     for turn in _turns(events):
         if not _is_spoilt(turn):
-            messages += [message for event in turn if (message := _message(event))]
+            said = [message for event in turn if (message := _message(event))]
+            messages += [_shortened(message) for message in said] if _has_failed(turn) else said
     return _answer_open_calls(messages)
 
 
@@ -250,9 +253,25 @@ def _turns(events: list[Event]) -> list[list[Event]]:
 
 def _is_spoilt(turn: list[Event]) -> bool:
     answers = [event.data.get("message") for event in turn if event.type == ASSISTANT_MESSAGE]
-    has_failed = any(event.type == TURN_ENDED and event.data.get("status") == "failed" for event in turn)
     is_refused = any(isinstance(answer, dict) and answer.get("stop_reason") == "refusal" for answer in answers)
-    return (has_failed and not answers) or is_refused
+    return (_has_failed(turn) and not answers) or is_refused
+
+
+def _has_failed(turn: list[Event]) -> bool:
+    return any(event.type == TURN_ENDED and event.data.get("status") == "failed" for event in turn)
+
+
+def _shortened(message: Json) -> Json:
+    """A message of a failed turn without its long tool results: they may be why it failed, and would fail every later turn."""
+    if not isinstance(message["content"], list):
+        return message
+    return {**message, "content": [_shortened_result(block) for block in message["content"]]}
+
+
+def _shortened_result(block: Any) -> Any:
+    is_result = isinstance(block, dict) and block.get("type") == "tool_result"
+    size = len(dump(block.get("content"))) if is_result else 0
+    return {**block, "content": f"[{size} characters, left out because the turn failed]"} if size > LONG_RESULT else block
 
 
 def _message(event: Event) -> Json | None:

@@ -167,6 +167,18 @@ def test_a_turn_that_failed_before_an_answer_or_was_refused_is_left_out() -> Non
     assert models.rebuild_transcript(events) == [{"role": "user", "content": "hello"}]
 
 
+def test_long_results_of_a_failed_turn_are_left_out() -> None:
+    events = logged(
+        (models.TURN_STARTED, {"turnId": "1", "content": "read it all"}),
+        (models.ASSISTANT_MESSAGE, assistant(CALL, {**CALL, "id": "t2"})),
+        (models.USER_MESSAGE, user({**RESULT, "content": "x" * 1_000_000}, {**RESULT, "tool_use_id": "t2"})),
+        (models.TURN_ENDED, {"turnId": "1", "status": "failed"}),
+    )
+    results = models.rebuild_transcript(events)[2]["content"]
+    assert "left out because the turn failed" in results[0]["content"]
+    assert (results[0]["tool_use_id"], results[1]["content"]) == ("t1", "a.txt")
+
+
 def test_timeline_rows_carry_the_names_that_readers_look_for() -> None:
     use, result = logged((models.TOOL_USE, CALL), *models.expand(user(RESULT), streamed=False)[:1])
     started = dialect.timeline(use, "default")
