@@ -129,10 +129,10 @@ def test_the_stage_takes_no_place_that_holds_the_data(tmp_path: Path) -> None:
 
 
 def test_paths_on_the_stage_are_translated_and_others_are_not() -> None:
-    found = stage.Stage(-1, "/mnt", {"sessions": "/root/data/sessions", "run": "/root/data/run"})
-    assert found.locate("/root/data/sessions/x/workspace") == "/mnt/sessions/x/workspace"
-    assert found.locate("/root/data/run") == "/mnt/run"
-    assert found.locate("/root/data/running") == "/root/data/running"
+    found = stage.Stage(-1, "/mnt", {"sessions": "/var/data/sessions", "run": "/var/data/run"})
+    assert found.locate("/var/data/sessions/x/workspace") == "/mnt/sessions/x/workspace"
+    assert found.locate("/var/data/run") == "/mnt/run"
+    assert found.locate("/var/data/running") == "/var/data/running"
 
 
 def test_a_root_server_never_starts_bwrap_as_root() -> None:
