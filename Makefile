@@ -16,6 +16,7 @@ demo: $(VENV)/ready pyz  ## build the file, deploy an example, watch an agent us
 
 test: $(VENV)/ready lint pyz  ## everything CI runs
 	@sh tools/setup.sh bubblewrap
+	@sh tools/setup.sh curl
 	$(PY) -m pytest
 
 pyz: $(PYZ)  ## dist/ash.pyz

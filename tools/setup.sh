@@ -1,5 +1,5 @@
 #!/bin/sh
-# What `make` needs on a fresh Debian or Ubuntu: `setup.sh venv FOLDER` or `setup.sh bubblewrap`.
+# What `make` needs on a fresh Debian or Ubuntu: `setup.sh venv FOLDER`, `setup.sh bubblewrap` or `setup.sh curl`.
 # Installs a missing system package when root; otherwise prints the exact command and stops.
 set -eu
 
@@ -39,5 +39,6 @@ make_venv() {
 case ${1:-} in
 venv) make_venv "$2" ;;
 bubblewrap) command -v bwrap >/dev/null || install_package bubblewrap "bubblewrap, which isolates the agents," ;;
-*) stop "usage: setup.sh venv FOLDER | bubblewrap" ;;
+curl) command -v curl >/dev/null || install_package curl "curl, which the tests call as users do," ;;
+*) stop "usage: setup.sh venv FOLDER | bubblewrap | curl" ;;
 esac
