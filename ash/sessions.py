@@ -247,7 +247,6 @@ class Sessions:
                 sandbox = await self._ensure_sandbox(session, live)
                 await live.query(turn, sandbox)
                 await live.watch(turn, self._config.turn_timeout, self._config.hang_timeout)
-                await self._store.update_session(session.id, last_active_at=models.now())
             except AshError as error:
                 await live.finish(turn, "failed", error.message)
             except Exception:  # the edge of a turn: one without an end would block its session for ever

@@ -369,17 +369,16 @@ class Store:
         return _session(rows[0]) if rows else None
 
     async def update_session(
-        self, id: str, *, model: str | None = KEEP, options: Json | None = None, sandbox_id: str | None = None,
-        last_active_at: str | None = None,
+        self, id: str, *, model: str | None = KEEP, options: Json | None = None, sandbox_id: str | None = None
     ) -> Session:  # fmt: skip
         """Change what is given and keep the rest; None for `model` goes back to the default."""
         sql = f"""
             UPDATE sessions SET model = CASE WHEN ? THEN model ELSE ? END, options = coalesce(?, options),
-                sandbox_id = coalesce(?, sandbox_id), last_active_at = coalesce(?, last_active_at)
+                sandbox_id = coalesce(?, sandbox_id)
             WHERE id = ? RETURNING {_SESSION}
         """
         kept = (True, None) if model is KEEP else (False, model)
-        rows = await self._write(sql, *kept, None if options is None else _dump(options), sandbox_id, last_active_at, id)
+        rows = await self._write(sql, *kept, None if options is None else _dump(options), sandbox_id, id)
         if not rows:
             raise SessionNotFound("Session not found")
         return _session(rows[0])

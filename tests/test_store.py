@@ -314,8 +314,8 @@ async def test_a_transition_sets_fields_too_and_refuses_unknown_ones(db: Store) 
 
 async def test_an_update_changes_what_is_given(db: Store) -> None:
     id = await add_session(db, model="m")
-    updated = await db.update_session(id, options={"betas": []}, last_active_at="later")
-    assert (updated.model, updated.options, updated.last_active_at, updated.sandbox_id) == ("m", {"betas": []}, "later", id)
+    updated = await db.update_session(id, options={"betas": []}, sandbox_id="other")
+    assert (updated.model, updated.options, updated.sandbox_id) == ("m", {"betas": []}, "other")
     with pytest.raises(SessionNotFound):
         await db.update_session(models.new_id(), model="m")
 
@@ -430,6 +430,13 @@ async def test_a_fork_has_the_finished_turns_without_deltas_and_without_gaps(db:
     fresh = new_session(parent_session_id=await add_session(db))
     await db.fork_session(fresh)
     assert await db.last_seq(fresh.id) == 0
+
+
+async def test_a_turn_says_when_its_session_was_active(db: Store) -> None:
+    id = await add_session(db)
+    before = (await db.get_session("default", id)).last_active_at
+    _ = await db.append_events([(id, [NewEvent(models.TURN_STARTED, {"turnId": "t", "content": "x"})])], "2031-01-01T00:00:00.000Z", False)
+    assert before != (await db.get_session("default", id)).last_active_at == "2031-01-01T00:00:00.000Z"
 
 
 # Keys, sandboxes, usage
