@@ -97,7 +97,7 @@ SETTINGS = (
     ),
 )
 
-CLIENT_VARIABLES = ("ASH_SERVER_URL", "ASH_HOME", "ASH_CACHE_DIR", "ASH_DEBUG_TIMING")
+CLIENT_VARIABLES = ("ASH_SERVER_URL", "ASH_HOME", "ASH_CACHE_DIR")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 

@@ -57,12 +57,6 @@ TURN_ENDED = "turn.ended"  # {turnId, status: completed|interrupted|failed}; exa
 
 EVENT_TYPES = tuple(value for name, value in list(globals().items()) if name.isupper() and isinstance(value, str) and "." in value)
 
-# Options of a session that a turn needs again whenever its sandbox is started anew.
-SESSION_OPTIONS = (
-    "extraEnv", "mcpServers", "systemPrompt", "permissionMode", "allowedTools", "disallowedTools",
-    "betas", "subagents", "initialAgent", "credentialId",
-)  # fmt: skip
-
 
 class Agent(NamedTuple):
     """A deployed definition at its newest version. `digest` names the folder with that version's files."""
@@ -79,7 +73,7 @@ class Agent(NamedTuple):
 
 
 class Session(NamedTuple):
-    """One conversation with one version of an agent. `options` holds what it was created with (SESSION_OPTIONS)."""
+    """One conversation with one version of an agent. `options` holds what it was created with, as it is needed at each wake."""
 
     id: str
     tenant_id: str

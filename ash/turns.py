@@ -155,10 +155,7 @@ class LiveSession:
 
     async def query(self, turn: ActiveTurn, sandbox: Sandbox) -> None:
         """Hand the turn to the bridge. From here on the pump ends it."""
-        if self.turn is not turn:
-            return
-        if turn.interrupted:
-            await self.finish(turn, "interrupted")
+        if self.turn is not turn or turn.is_ending:  # ended while its sandbox was starting
             return
         turn.sandbox = sandbox
         turn.last_sign = time.monotonic()

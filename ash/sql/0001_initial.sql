@@ -112,5 +112,6 @@ END;
 -- A session was active when a turn began or ended; saying so costs no commit of its own.
 CREATE TRIGGER sessions_are_touched_by_turns AFTER INSERT ON events WHEN new.type IN ('turn.started', 'turn.ended')
 BEGIN
-    UPDATE sessions SET last_active_at = new.created_at WHERE id = new.session_id;
+    -- A fork copies old turns; they do not make it look older than it is.
+    UPDATE sessions SET last_active_at = new.created_at WHERE id = new.session_id AND last_active_at < new.created_at;
 END;
