@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import stat
-import unicodedata
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 from ash import models
+from ash.egress.rules import check_rules
 from ash.errors import AgentUnusable, AshError, InvalidRequest, PayloadTooLarge
 from ash.models import Agent, Json
+from ash.paths import Names, clean_path
 from ash.skipped import is_skipped
 from ash.store import Store
 
@@ -34,9 +36,6 @@ _CONFIGURATION = (SETTINGS_PATH, LOCAL_SETTINGS_PATH, MCP_PATH)
 _UNPACKING = ".unpacking-"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,255}")
-_MAX_DEPTH = 32
-_MAX_PATH_BYTES = 1024
-_MAX_NAME_BYTES = 255
 _MAX_CONFIG_BYTES = 1024 * 1024
 _SYNC_EACH = 64
 """Up to so many files are flushed one by one; for more, one flush of everything is cheaper."""
@@ -67,6 +66,13 @@ class _Unpacked(NamedTuple):
     ignored: list[str]
 
 
+class Network(NamedTuple):
+    """Rules for hosts, as `ash.egress` takes them."""
+
+    hosts: tuple[str, ...] = ()
+    denied: tuple[str, ...] = ()
+
+
 def check_env(env: Mapping[str, Any], where: str) -> None:
     """Raise InvalidRequest unless `env` holds names and values that a process can be given."""
     for name, value in env.items():
@@ -86,6 +92,7 @@ class Agents:
         self._agents_dir = agents_dir
         self._max_bytes, self._max_files = max_bytes, max_files
         self._settings: dict[str, Json] = {}
+        self._networks: dict[str, Network] = {}
         self._unpacking: set[str] = set()
         # Between a folder's arrival and its record nobody may find it unused and remove it.
         self._lock = asyncio.Lock()
@@ -148,6 +155,12 @@ class Agents:
             self._settings[digest] = await asyncio.to_thread(_read_settings, self.folder(digest))
         return self._settings[digest]
 
+    async def network(self, digest: str) -> Network:
+        """The hosts that a version asks for, and those that it shuts out: `sandbox.network` of its settings files."""
+        if digest not in self._networks:
+            self._networks[digest] = await asyncio.to_thread(_read_network, self.folder(digest))
+        return self._networks[digest]
+
     async def prune(self) -> None:
         """Remove the folders that no agent, version or unfinished session needs, and what an interrupted deploy left."""
         async with self._lock:
@@ -155,6 +168,7 @@ class Agents:
             removed = await asyncio.to_thread(_remove_others, self._agents_dir, needed)
         for digest in removed:
             self._settings.pop(digest, None)
+            self._networks.pop(digest, None)
 
     # Unpacking; everything below runs in a thread
 
@@ -192,7 +206,7 @@ class Agents:
             raise
 
     def _write_files(self, source: Generator[_File, None, None], temporary: str) -> _Unpacked:
-        names, contents = _Names(), {}
+        names, contents = Names(), {}
         entries: dict[str, tuple[bool, str]] = {}
         sizes: dict[str, int] = {}
         total = 0
@@ -269,60 +283,7 @@ def _encoded(text: str) -> bytes:
 
 def _uploaded(path: str, content: bytes) -> _File:
     """An upload says nothing of modes: what names its interpreter may be executed."""
-    return _File(_clean_path(path), content, content.startswith(b"#!"))
-
-
-def _clean_path(path: str) -> str:
-    """The path without empty and `.` parts. Raises InvalidRequest for one that leads outside or that a file cannot have."""
-    problem = _path_problem(path)
-    if problem:
-        raise InvalidRequest(f"files: the path {path!r:.200} {problem}")
-    return "/".join(part for part in path.split("/") if part not in ("", "."))
-
-
-def _path_problem(path: str) -> str | None:
-    if any("\ud800" <= character <= "\udfff" for character in path):
-        return "is not valid Unicode; rename the file"
-    parts = [part for part in path.split("/") if part not in ("", ".")]
-    if not parts or path.endswith("/"):
-        return "names no file"
-    if path.startswith("/"):
-        return "is absolute; make it relative to the agent's folder"
-    if ".." in parts:
-        return "contains ..; make it relative to the agent's folder"
-    if any(character in "\\\x7f" or character < " " for character in path):
-        return "contains a control character or a backslash; rename the file and use / between folders"
-    if len(parts) > _MAX_DEPTH:
-        return f"is deeper than {_MAX_DEPTH} folders"
-    if len(path.encode()) > _MAX_PATH_BYTES or any(len(part.encode()) > _MAX_NAME_BYTES for part in parts):
-        return f"is longer than {_MAX_PATH_BYTES} bytes, or a name in it than {_MAX_NAME_BYTES}"
-    return None
-
-
-class _Names:
-    """The paths of one folder, which refuses duplicates, names that differ only by case, and a file where a folder is."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, tuple[str, bool]] = {}
-
-    def add(self, path: str) -> None:
-        parts = path.split("/")
-        for length in range(1, len(parts)):
-            self._claim("/".join(parts[:length]), is_file=False)
-        self._claim(path, is_file=True)
-
-    def _claim(self, path: str, *, is_file: bool) -> None:
-        folded = unicodedata.normalize("NFC", path).casefold()
-        if folded not in self._seen:
-            self._seen[folded] = (path, is_file)
-            return
-        other, other_is_file = self._seen[folded]
-        if other != path:
-            raise InvalidRequest(f"files: {path!r:.200} and {other!r:.200} differ only by case; rename one")
-        if other_is_file != is_file:
-            raise InvalidRequest(f"files: {path!r:.200} is both a file and a folder; rename one")
-        if is_file:
-            raise InvalidRequest(f"files: {path!r:.200} is there twice; send it once")
+    return _File(clean_path(path), content, content.startswith(b"#!"))
 
 
 # A folder on the server
@@ -343,7 +304,7 @@ def _walk(name: str, parent: int | None, prefix: str, limit: int) -> Iterator[_F
     folder = _open(name, parent, os.O_DIRECTORY | follow, prefix or name)
     try:
         for entry, is_folder in _entries(folder):
-            path = _clean_path(prefix + entry)
+            path = clean_path(prefix + entry)
             if is_folder:
                 yield from _walk(entry, folder, f"{path}/", limit)
             else:
@@ -420,6 +381,18 @@ def _check_settings(settings: Json, fault: Callable[[str, str], InvalidRequest])
     if "apiKeyHelper" in settings:
         raise fault("apiKeyHelper", "a folder may not run a program for keys; remove apiKeyHelper and give the server its key")
     _check_settings_env(settings.get("env", {}), fault)
+    _check_network(settings.get("sandbox", {}), fault)
+
+
+def _check_network(sandbox: Any, fault: Callable[[str, str], InvalidRequest]) -> None:
+    network = sandbox.get("network", {}) if isinstance(sandbox, dict) else None
+    if not isinstance(network, dict):
+        raise fault("sandbox", 'sandbox must be an object, such as {"network": {"allowedDomains": ["pypi.org"]}}')
+    for key in ("allowedDomains", "deniedDomains"):
+        hosts = network.get(key, [])
+        if not isinstance(hosts, list):
+            raise fault(key, f'sandbox.network.{key} must be a list of hosts, such as ["pypi.org", "*.example.com"]')
+        _ = check_rules(hosts, lambda problem, key=key: fault(key, f"sandbox.network.{key}: {problem}"))  # type: ignore[misc]
 
 
 def _check_settings_env(env: Any, fault: Callable[[str, str], InvalidRequest]) -> None:
@@ -519,12 +492,27 @@ def _is_whole(folder: str, sizes: Mapping[str, int]) -> bool:
     return all(stat.S_ISREG(status.st_mode) and status.st_size == sizes[path] for path, status in found.items())
 
 
-def _read_settings(folder: str) -> Json:
+def _read_network(folder: str) -> Network:
+    """What was deployed before these rules were checked may hold anything: then the agent reaches nothing."""
+    try:
+        found = [_parse_network(_read_settings(folder, path)) for path in (SETTINGS_PATH, LOCAL_SETTINGS_PATH)]
+    except InvalidRequest:
+        return Network()
+    return Network(*(tuple(dict.fromkeys(itertools.chain(*rules))) for rules in zip(*found, strict=True)))
+
+
+def _parse_network(settings: Json) -> Network:
+    _check_network(settings.get("sandbox", {}), lambda key, problem: InvalidRequest(problem))
+    network = settings.get("sandbox", {}).get("network", {})
+    return Network(tuple(network.get("allowedDomains", ())), tuple(network.get("deniedDomains", ())))
+
+
+def _read_settings(folder: str, path: str = SETTINGS_PATH) -> Json:
     if not os.path.isdir(folder):
         raise AgentUnusable("The files of this agent are missing on the server; deploy it again")
     try:
-        with open(os.path.join(folder, SETTINGS_PATH), "rb") as file:
-            return _parse_object(SETTINGS_PATH, _decoded(SETTINGS_PATH, file.read()))
+        with open(os.path.join(folder, path), "rb") as file:
+            return _parse_object(path, _decoded(path, file.read()))
     except FileNotFoundError:
         return {}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from aiohttp import web
@@ -22,6 +23,8 @@ from ash.models import DEFAULT_TENANT
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 TENANT: web.RequestKey[str] = web.RequestKey("tenant", str)
+KEY_ID: web.RequestKey[str | None] = web.RequestKey("key_id")
+"""The id of the API key that a request came with; None for one that needed none."""
 GUARD: web.AppKey[Guard] = web.AppKey("guard")
 PUBLIC_PATHS = frozenset({"/health"})
 
@@ -29,8 +32,15 @@ _LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _PROXY_HEADERS = ("Forwarded", "Via", "X-Real-IP", "X-Client-IP", "True-Client-IP", "CF-Connecting-IP")
 
 
+class Caller(NamedTuple):
+    """For whom a request speaks, and the API key it came with, if it did."""
+
+    tenant_id: str
+    key_id: str | None
+
+
 class Guard:
-    """Names the tenant a request speaks for, or refuses it."""
+    """Names the caller of a request, or refuses it."""
 
     def __init__(self, config: Config, keys: Keys) -> None:
         self._keys = keys
@@ -38,26 +48,26 @@ class Guard:
         self._users = {0, os.geteuid()}
         self._is_own_user: WeakKeyDictionary[asyncio.BaseTransport, bool] = WeakKeyDictionary()
 
-    async def check(self, request: web.Request) -> str:
-        """The tenant. Raises Unauthorized."""
+    async def check(self, request: web.Request) -> Caller:
+        """Raises Unauthorized."""
         header = request.headers.get("Authorization")
         if header is not None:
             return await self._check_key(header)
         reason = self._why_not_local(request)
         if reason is None:
-            return DEFAULT_TENANT
+            return Caller(DEFAULT_TENANT, None)
         error = Unauthorized("Missing Authorization header")
         error.hint = f"{reason}; send `Authorization: Bearer <API key>`"
         raise error
 
-    async def _check_key(self, header: str) -> str:
+    async def _check_key(self, header: str) -> Caller:
         scheme, _, key = header.partition(" ")
         if scheme.lower() != "bearer" or not key or " " in key:
             raise Unauthorized("Invalid Authorization header format")
         found = await self._keys.check(key)
         if found is None:
             raise Unauthorized("Invalid API key")
-        return found.tenant_id
+        return Caller(found.tenant_id, found.id)
 
     def _why_not_local(self, request: web.Request) -> str | None:
         """Why a request without a key is not trusted; None when it is."""
@@ -122,5 +132,5 @@ def _is_local_host(host: str) -> bool:
 async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Every path needs a caller with a name, known or not; only PUBLIC_PATHS do not."""
     if request.path not in PUBLIC_PATHS:
-        request[TENANT] = await request.app[GUARD].check(request)
+        request[TENANT], request[KEY_ID] = await request.app[GUARD].check(request)
     return await handler(request)

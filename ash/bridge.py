@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ash import protocol
 from ash.errors import ProtocolError
 from ash.runtime.outbox import Connection, Outbox
+from ash.runtime.relay import Port
 
 if TYPE_CHECKING:
     from ash.runtime.conversation import Conversation
@@ -100,6 +101,7 @@ class Bridge:
         self._listener = listener
         self._orphan_timeout = orphan_timeout
         self._root, self._gateway = root, gateway
+        self._port = Port.open() if root is None else None  # without a sandbox, loopback is the host's
         self._outbox = Outbox()
         self._connection: Connection | None = None
         self._lines = Lines()
@@ -140,11 +142,24 @@ class Bridge:
             poller.register(self._connection.socket, select.POLLIN)
         if self._stop_at is not None:
             timeout = 0.02
+        timeout = self._watch_port(poller, timeout)
         ready = [descriptor for descriptor, _ in poller.poll(None if timeout is None else timeout * 1000)]
+        if self._port and (self._port.watched() < 0 or self._port.watched() in ready):
+            self._port.act()
         if self._connection and self._connection.socket.fileno() in ready:
             self._receive(self._connection)
         if self._listener.fileno() in ready:
             self._accept()
+
+    def _watch_port(self, poller: select.poll, timeout: float | None) -> float | None:
+        """Have the loop wake when the egress relay has to be started or has ended. Returns how long to wait at most."""
+        if self._port is None:
+            return timeout
+        if (descriptor := self._port.watched()) >= 0:
+            poller.register(descriptor, select.POLLIN)
+            return timeout
+        seconds = self._port.wait_seconds()
+        return seconds if timeout is None else timeout if seconds is None else min(timeout, seconds)
 
     def _accept(self) -> None:
         connection, _ = self._listener.accept()
@@ -204,7 +219,7 @@ class Bridge:
         from ash.runtime.paths import Paths
 
         if self._root is None:
-            return Paths()
+            return Paths(proxy=f"http://127.0.0.1:{protocol.PROXY_PORT}" if self._port else "")
         root = os.path.abspath(self._root)
         return Paths(f"{root}/agent", f"{root}/workspace", f"{root}/home", self._gateway or protocol.GATEWAY_SOCKET)
 
@@ -248,7 +263,8 @@ class Bridge:
         from ash.runtime.shell import execute
 
         paths = self._paths()
-        given: Json = {"timeout": command["timeout"], "cwd": command.get("cwd"), "stdin": command.get("stdin")}
+        most = self._conversation.bench.tool_timeout if self._conversation else command["timeout"]
+        given: Json = {"timeout": min(command["timeout"], most), "cwd": command.get("cwd"), "stdin": command.get("stdin")}
         env = self._conversation.bench.base_env if self._conversation else tool_environ(paths, {}, {})
         try:
             added = {str(name): str(value) for name, value in (command.get("env") or {}).items()}

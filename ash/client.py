@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, TypeVar, Unpack
 
 from ash.errors import AshError, ConnectionFailed, TurnFailed
 from ash.remote import calls
-from ash.remote.calls import Call, ConfigOptions, Content, MessageOptions, SessionOptions
+from ash.remote.calls import Call, ConfigOptions, Content, CredentialOptions, MessageOptions, SessionOptions
 from ash.remote.cursor import FollowState, TurnCollector, TurnState
 from ash.remote.folder import Progress, agent_name
 from ash.remote.records import (
     Agent,
     ApiKey,
+    Credential,
     Event,
     EventData,
     ExecResult,
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
     import ssl
 
 __all__ = [
-    "Agent", "ApiKey", "AshClient", "AshError", "AsyncAshClient", "AsyncEventStream", "ConfigOptions", "ConnectionFailed", "Event",
-    "EventData", "EventStream", "ExecResult", "Health", "LogLine", "Message", "MessageOptions", "Session", "SessionEvent",
-    "SessionList", "SessionOptions", "TurnFailed", "TurnResult", "agent_name",
+    "Agent", "ApiKey", "AshClient", "AshError", "AsyncAshClient", "AsyncEventStream", "ConfigOptions", "ConnectionFailed", "Credential",
+    "CredentialOptions", "Event", "EventData", "EventStream", "ExecResult", "Health", "LogLine", "Message", "MessageOptions", "Session",
+    "SessionEvent", "SessionList", "SessionOptions", "TurnFailed", "TurnResult", "agent_name",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -94,6 +95,10 @@ class AshClient(_Configured):
 
     def health(self) -> Health:
         return self._run(calls.health())
+
+    def policy(self) -> Json:
+        """The operator's policy as it is in force, and where each part of it comes from."""
+        return self._run(calls.policy())
 
     def deploy_agent(
         self,
@@ -203,6 +208,16 @@ class AshClient(_Configured):
     def delete_api_key(self, key_id: str) -> None:
         self._run(calls.delete_api_key(key_id))
 
+    def store_credential(self, type: str, key: str, **options: Unpack[CredentialOptions]) -> Credential:
+        """Have the server keep a secret for agents: a model's key (type `anthropic`), or with a `host` one for their tools (`custom`)."""
+        return self._run(calls.store_credential(type, key, **options))
+
+    def list_credentials(self) -> list[Credential]:
+        return self._run(calls.list_credentials())
+
+    def delete_credential(self, credential_id: str) -> None:
+        self._run(calls.delete_credential(credential_id))
+
     def close(self) -> None:
         """Nothing is kept open between calls; this is here for those who close what they opened."""
 
@@ -224,6 +239,9 @@ class AsyncAshClient(_Configured):
 
     async def health(self) -> Health:
         return await self._run(calls.health())
+
+    async def policy(self) -> Json:
+        return await self._run(calls.policy())
 
     async def deploy_agent(
         self,
@@ -328,6 +346,15 @@ class AsyncAshClient(_Configured):
 
     async def delete_api_key(self, key_id: str) -> None:
         await self._run(calls.delete_api_key(key_id))
+
+    async def store_credential(self, type: str, key: str, **options: Unpack[CredentialOptions]) -> Credential:
+        return await self._run(calls.store_credential(type, key, **options))
+
+    async def list_credentials(self) -> list[Credential]:
+        return await self._run(calls.list_credentials())
+
+    async def delete_credential(self, credential_id: str) -> None:
+        await self._run(calls.delete_credential(credential_id))
 
     async def aclose(self) -> None:
         """Nothing is kept open between calls; this is here for those who close what they opened."""

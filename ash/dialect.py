@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from ash import models
-from ash.models import Agent, ApiKey, Event, Json, Session
+from ash.models import Agent, ApiKey, Credential, Event, Json, Session
 
 # Frames of the message stream: log type -> SSE event name. A type that is not here is not part of that stream.
 _FRAMES = {
@@ -43,6 +43,9 @@ _TIMELINE = {
     models.TURN_FAILED: "error",
     models.TURN_COMPLETED: "turn_complete",
     models.SESSION_STATUS_CHANGED: "lifecycle",
+    models.LIMIT_REACHED: "lifecycle",
+    models.EGRESS_REFUSED: "lifecycle",
+    models.EGRESS_RECORDED: "lifecycle",
 }
 TIMELINE_TYPES = tuple(dict.fromkeys(_TIMELINE.values()))
 MESSAGE_TYPES = (models.TURN_STARTED, models.ASSISTANT_MESSAGE, models.RESULT_RECORDED)
@@ -94,7 +97,7 @@ def agent(record: Agent) -> Json:
     return {**shown, "env": dict.fromkeys(record.env, "***")} if record.env else shown
 
 
-_HIDDEN_OPTIONS = ("agentEnv", "extraEnv", "credentialId", "systemPrompt")
+_HIDDEN_OPTIONS = ("agentEnv", "limits", "extraEnv", "credentialId", "systemPrompt")
 _MASKED_FIELDS = ("env", "headers")
 
 
@@ -176,6 +179,8 @@ def _timeline_data(event: Event) -> Json:
             "stderr": text if failed else "",
             "isError": failed,
         }
+    if event.type in (models.LIMIT_REACHED, models.EGRESS_REFUSED, models.EGRESS_RECORDED):
+        return {"action": event.type.replace(".", "_"), **data}
     return data
 
 
@@ -191,6 +196,20 @@ def _row_id(event: Event) -> str:
     import uuid
 
     return str(uuid.uuid5(uuid.UUID(event.session_id), str(event.seq)))
+
+
+def credential(record: Credential) -> Json:
+    """Never the secret. `active` is the reference's; here a credential that exists is."""
+    bound = {name: getattr(record, name) for name in ("agent", "host", "header", "template", "variable")}
+    return {
+        "id": record.id,
+        "type": record.type,
+        "label": record.label,
+        "active": True,
+        "createdAt": record.created_at,
+        "lastUsedAt": record.last_used_at,
+        **{name: value for name, value in bound.items() if value is not None},
+    }
 
 
 def api_key(record: ApiKey) -> Json:

@@ -4,16 +4,21 @@ AshError
 ├── InvalidRequest          400  the caller sent something wrong
 ├── Unauthorized            401
 ├── Forbidden               403
+│   └── EgressRefused            a connection out of a sandbox that is not allowed
 ├── NotFound                404
 │   ├── AgentNotFound
+│   ├── CredentialNotFound
 │   └── SessionNotFound
 ├── Conflict                409  right request, wrong moment
 │   └── TurnRunning              one turn at a time per session
 ├── SessionEnded            410
 ├── PayloadTooLarge         413
 ├── AgentUnusable           422  the agent folder is missing or broken
+├── CredentialUnusable      422  a stored credential cannot be opened, or not be used for this
 ├── RateLimited             429
+│   └── Overloaded               right request, the server has too much to do: `retry_after` says when to come again
 ├── SandboxFailed           500  a sandbox did not start, died or broke the protocol
+│   └── SandboxUnresponsive      it was gone, or gave no answer, before it had anything to lose
 ├── StoreFailed             500  the database cannot be used: disk full, locked, damaged, too new
 ├── UpstreamError           502  the model provider refused or failed
 │   ├── ModelRefused             its error as the Messages API words it: status, kind, headers
@@ -55,12 +60,26 @@ class Forbidden(AshError):
     code, status = "forbidden", 403
 
 
+class EgressRefused(Forbidden):
+    """`reason` is a fixed word; `hint` says who could allow it, and where."""
+
+    code = "egress_refused"
+
+    def __init__(self, message: str, *, reason: str = "", hint: str = "") -> None:
+        super().__init__(message)
+        self.reason, self.hint = reason, hint
+
+
 class NotFound(AshError):
     code, status = "not_found", 404
 
 
 class AgentNotFound(NotFound):
     code = "agent_not_found"
+
+
+class CredentialNotFound(NotFound):
+    code = "credential_not_found"
 
 
 class SessionNotFound(NotFound):
@@ -87,12 +106,30 @@ class AgentUnusable(AshError):
     code, status = "agent_unusable", 422
 
 
+class CredentialUnusable(AshError):
+    code, status = "credential_unusable", 422
+
+
 class RateLimited(AshError):
     code, status = "rate_limited", 429
 
 
+class Overloaded(RateLimited):
+    """`retry_after` is in seconds; it goes out as the header Retry-After."""
+
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class SandboxFailed(AshError):
     code, status = "sandbox_failed", 500
+
+
+class SandboxUnresponsive(SandboxFailed):
+    code = "sandbox_unresponsive"
 
 
 class StoreFailed(AshError):

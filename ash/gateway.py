@@ -21,9 +21,10 @@ from aiohttp import web
 
 from ash import offline, sse
 from ash.config import Config, Secret
-from ash.errors import ConfigError, ModelRefused, SandboxFailed, StreamBroken
+from ash.errors import ConfigError, Forbidden, ModelRefused, SandboxFailed, StreamBroken
 from ash.models import Json
-from ash.providers import COUNT_TOKENS, MESSAGES, Call, Provider, Reply, Timing, retry
+from ash.policy import Policy
+from ash.providers import COUNT_TOKENS, MESSAGES, Call, Provider, Reply, Timing, reach, retry
 from ash.providers.cloud import BEDROCK, VERTEX, Cloud
 from ash.providers.direct import DEFAULT_BASE_URL, Direct, open_session, shown_base_url
 from ash.providers.doorway import Doorway, raise_descriptor_limit
@@ -45,7 +46,7 @@ CHOSEN_NOTICE = (
 MAX_BODY_BYTES = 64 * 1024 * 1024
 _MAX_CALLS_PER_SANDBOX = 32
 _MAX_SOCKET_PATH_BYTES = 107
-_PASSED_REQUEST_HEADERS = ("content-type", "anthropic-version", "anthropic-beta", "accept")
+_PASSED_REQUEST_HEADERS = ("anthropic-version", "anthropic-beta", "accept")
 _ALIASES = {"sonnet": "claude-sonnet-5-5", "opus": "claude-opus-5-5", "haiku": "claude-haiku-5-5"}
 
 OnUsage = Callable[[str, dict[str, Any]], Awaitable[None]]
@@ -60,13 +61,18 @@ class ModelAccess(NamedTuple):
     api_key: Secret | None = None
     auth_token: Secret | None = None
     base_url: str | None = None
+    is_revoked: Callable[[], bool] = lambda: False
+    """Whether that credential was deleted meanwhile."""
 
 
 class Gateway:
     """An async context manager. `open` before a sandbox starts, `bind` when it gets a session, `close` when it is gone."""
 
-    def __init__(self, config: Config, *, on_usage: OnUsage, timing: Timing | None = None) -> None:
+    def __init__(
+        self, config: Config, *, on_usage: OnUsage, policy: Callable[[], Policy] = Policy, timing: Timing | None = None
+    ) -> None:  # fmt: skip
         self._config, self._on_usage, self._timing = config, on_usage, timing or Timing()
+        self._policy = policy
         self._exits = AsyncExitStack()
         self._listeners: dict[str, tuple[str, asyncio.Server]] = {}
         self._doorways: dict[str, Doorway] = {}
@@ -131,9 +137,25 @@ class Gateway:
             return Direct(self._session, config.anthropic_base_url, config.anthropic_api_key, config.anthropic_auth_token)
         return Cloud(name, self._timing)
 
-    def default_model(self) -> str:
-        """The model of agents that name none."""
-        return self._config.model or (offline.MODEL if self._provider_name == "offline" else DEFAULT_MODEL)
+    def default_model(self, *, has_key: bool = False) -> str:
+        """The model of agents that name none; `has_key` says that the session has a key of its own."""
+        return self._config.model or (offline.MODEL if self._provider_name == "offline" and not has_key else DEFAULT_MODEL)
+
+    def _named(self, model: str) -> str:
+        """The model that is meant: `default` and short names stand for one."""
+        return self.default_model() if model == "default" else _ALIASES.get(model, model)
+
+    def require_allowed(self, model: str | None) -> None:
+        """Raise Forbidden for a model, None being the default one, that the policy does not allow."""
+        name = self._named(model or "default")
+        if not self._policy().allows_model(name):
+            raise Forbidden(_not_allowed(name, self._policy().models))
+
+    def require_allowed_content(self, content: Any) -> None:
+        """Raise Forbidden for blocks that the model's provider would have to fetch, where the policy does not allow that."""
+        for feature in reach.find_features({"messages": [{"role": "user", "content": content}]}):
+            if not self._policy().allows_feature(feature):
+                raise Forbidden(_not_named(feature))
 
     def describe(self) -> dict[str, Any]:
         """Which models answer, without any secret; `notice` when it is not a real one."""
@@ -247,10 +269,22 @@ class Gateway:
             raise ModelRefused("model: Input should be a valid string", status=400, kind="invalid_request_error")
         headers = {name: request.headers[name] for name in _PASSED_REQUEST_HEADERS if name in request.headers}
         call = Call(request.path, request.query.get("beta") == "true", headers, body, parsed)
-        return self._with_model(call, self.default_model() if parsed["model"] == "default" else _ALIASES.get(parsed["model"]))
+        call = self._with_model(call, self._named(parsed["model"]))
+        await self._intake.examine(len(body), self._check, call.request)
+        return call
 
-    def _with_model(self, call: Call, model: str | None) -> Call:
-        if model is None or model == call.request["model"]:
+    def _check(self, request: Json) -> None:
+        """Raise ModelRefused for what the policy does not allow."""
+        policy = self._policy()
+        for name in reach.find_models(request):
+            if not policy.allows_model(name):
+                raise ModelRefused(_not_allowed(name, policy.models), status=403, kind="permission_error")
+        for feature in reach.find_features(request):
+            if not policy.allows_feature(feature):
+                raise ModelRefused(_not_named(feature), status=403, kind="permission_error")
+
+    def _with_model(self, call: Call, model: str) -> Call:
+        if model == call.request["model"]:
             return call
         request: Json = {**call.request, "model": model}
         return call._replace(request=request, body=json.dumps(request).encode())
@@ -258,6 +292,8 @@ class Gateway:
     def _provider(self, access: ModelAccess, model: str) -> Provider:
         if model == offline.MODEL:
             return self._offline
+        if access.is_revoked():
+            raise ModelRefused("The credential of this session was deleted.", status=401, kind="authentication_error")
         if access.api_key or access.auth_token:
             base_url = access.base_url or self._config.anthropic_base_url
             try:
@@ -329,6 +365,19 @@ class Gateway:
     async def _finish_reports(self) -> None:
         if self._reports:
             await asyncio.wait(set(self._reports), timeout=5.0)
+
+
+def _not_allowed(model: str, patterns: tuple[str, ...]) -> str:
+    return (
+        f"The model {model!r:.100} is not allowed here; `allow` under [models] in the operator's policy has {', '.join(patterns)[:500]}."
+    )
+
+
+def _not_named(feature: str) -> str:
+    return (
+        f"The request uses {feature!r:.80}, by which the provider does more than answer; that is refused unless `provider_features` "
+        "under [models] in the operator's policy names it."
+    )
 
 
 def _error(refusal: ModelRefused) -> web.Response:

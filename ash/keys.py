@@ -26,7 +26,8 @@ INITIAL_KEY_FILE = "initial-api-key"
 CLIENT_CONFIG_FILE = "config.json"
 
 _PREFIX = "ash_"
-_STATIC_KEY = ApiKey("00000000-0000-0000-0000-000000000000", DEFAULT_TENANT, "configured", "1970-01-01T00:00:00.000Z")
+STATIC_KEY_ID = "env"
+_STATIC_KEY = ApiKey(STATIC_KEY_ID, DEFAULT_TENANT, "configured", "1970-01-01T00:00:00.000Z")
 
 
 class Keys:

@@ -50,11 +50,15 @@ TOOL_RESULT = "tool.result"  # {tool_use_id, tool_name, content, is_error}
 USER_MESSAGE = "user.message"  # the SDK's user message, which holds the tool results
 MODEL_RETRIED = "model.retried"  # the SDK's system message about a model call that is tried again
 USAGE_RECORDED = "usage.recorded"  # {model, input_tokens, output_tokens, …}
+EGRESS_REFUSED = "egress.refused"  # {host, port, reason, …}: a connection out of the sandbox that was not allowed
+EGRESS_RECORDED = "egress.recorded"  # {hosts: {host: {connections, bytesUp, bytesDown}}, refused}: what a sandbox used, at its end
+LIMIT_REACHED = "limit.reached"  # {limit (of LIMITS), message, …}: the session met one of its limits
 RESULT_RECORDED = "result.recorded"  # the SDK's result message
 TURN_COMPLETED = "turn.completed"  # {numTurns, result}
 TURN_FAILED = "turn.failed"  # {error}
 TURN_ENDED = "turn.ended"  # {turnId, status: completed|interrupted|failed}; exactly one per turn, always its last
 
+LIMITS = ("memory", "processes", "disk", "files", "turn_time")
 EVENT_TYPES = tuple(value for name, value in list(globals().items()) if name.isupper() and isinstance(value, str) and "." in value)
 
 
@@ -122,6 +126,25 @@ class ApiKey(NamedTuple):
     tenant_id: str
     label: str
     created_at: str
+
+
+class Credential(NamedTuple):
+    """A secret that is used upstream, without the secret. Those with a `host` are put in at egress, the others are for models.
+
+    `agent` names the agent whose sessions all get it; None: only the sessions that ask for it by id.
+    """
+
+    id: str
+    tenant_id: str
+    type: str
+    label: str
+    agent: str | None
+    host: str | None
+    header: str | None
+    template: str | None
+    variable: str | None
+    created_at: str
+    last_used_at: str | None = None
 
 
 def new_id() -> str:

@@ -34,6 +34,9 @@ AGENT_DIR = "/agent"
 WORKSPACE_DIR = "/workspace"
 HOME_DIR = "/home/agent"
 GATEWAY_SOCKET = "/run/ash/gateway.sock"
+EGRESS_SOCKET = "/run/ash/egress.sock"
+PROXY_PORT = 3128
+"""On a sandbox's own loopback; what connects there reaches `EGRESS_SOCKET`."""
 
 DONE_STATUSES = ("completed", "interrupted", "failed")
 

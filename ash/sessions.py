@@ -16,14 +16,27 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from ash import __version__, models
+from ash import __version__, limits, models
 from ash.agents import Agents, check_env
 from ash.config import Config
-from ash.errors import AgentNotFound, AgentUnusable, AshError, CapacityReached, InvalidRequest, SessionEnded
+from ash.credentials import Credentials
+from ash.egress import Egress, EgressAccess
+from ash.errors import (
+    AgentNotFound,
+    AgentUnusable,
+    AshError,
+    CapacityReached,
+    CredentialUnusable,
+    InvalidRequest,
+    SandboxUnresponsive,
+    SessionEnded,
+)
 from ash.events import EventLog
 from ash.gateway import Gateway, ModelAccess
+from ash.limits import SessionLimits
 from ash.models import ACTIVE, ENDED, ERROR, PAUSED, STARTING, STOPPED, TRANSITIONS, Agent, Json, NewEvent, Session
-from ash.sandbox import ExecResult, Sandbox, Sandboxes, SandboxSpec
+from ash.policy import Policies
+from ash.sandbox import ExecResult, Sandbox, Sandboxes, SandboxSpec, Ticket
 from ash.store import KEEP, Store
 from ash.tasks import Tasks
 from ash.turns import ActiveTurn, LiveSession
@@ -43,7 +56,16 @@ _NOT_ACTIVE = {
 }
 
 _HAS_ENDED = "Session has ended — create a new session"
+_NEEDS_ISOLATION = (
+    "Credentials for hosts are put in by the egress proxy, which a server with --sandbox none has not: start it without, or delete them"
+)
 _RECORD_TIMEOUT = 5.0
+_IDLE_CHECK = 5.0
+_RECENT_USE = 10.0
+INIT_PATIENCE = 5.0
+"""Seconds a sandbox gets to take its agent before another one takes its place."""
+ASKED_LIMITS = "limits"
+"""The option that keeps which limits were asked for; which are in force depends on the policy as well."""
 AGENT_ENV = "agentEnv"
 """The option that keeps the agent's environment as it was when the session began, as its files and its version are kept."""
 Transcript = list[Json]
@@ -64,7 +86,15 @@ class Turn(NamedTuple):
 class Sessions:
     """An async context manager: entering it puts right what a dead server left behind, leaving it ends every turn and sandbox."""
 
-    def __init__(self, *, store: Store, log: EventLog, agents: Agents, gateway: Gateway, sandboxes: Sandboxes, config: Config) -> None:
+    def __init__(
+        self, *, store: Store, log: EventLog, agents: Agents, gateway: Gateway, egress: Egress, sandboxes: Sandboxes,
+        config: Config, policies: Policies, credentials: Credentials,
+    ) -> None:  # fmt: skip
+        self._egress = egress
+        self._credentials = credentials
+        self._policies = policies
+        self._server_limits = limits.of_server(config)
+        self._default_limits = limits.resolve({}, self._server_limits, {})
         self._store, self._log, self._agents, self._gateway, self._sandboxes = store, log, agents, gateway, sandboxes
         self._config = config
         self._sessions_dir = os.path.join(config.data_dir, "sessions")
@@ -72,6 +102,7 @@ class Sessions:
         self._tasks = Tasks()
         self._serving = Tasks()
         self._counters: Counter[str] = Counter()
+        sandboxes.on_pressure = self._make_room
         self._is_closing = False
 
     async def __aenter__(self) -> Sessions:
@@ -129,22 +160,30 @@ class Sessions:
         """A new session on the newest version of the agent, ready for its first message. Its sandbox is warm when one waits."""
         self._refuse_when_closing()
         options = {key: value for key, value in (options or {}).items() if value is not None}
-        if options.get("credentialId"):
-            raise InvalidRequest("Invalid or inaccessible credential")
         check_env(options.get("extraEnv") or {}, "extraEnv")
         agent = await self._agent(tenant_id, agent_name)
+        if options.get("credentialId"):
+            await self._credentials.check(tenant_id, agent.name, options["credentialId"])
         self._check_folder(agent.name, agent.digest)
+        options = {**options, **self._asked_limits(agent, options.pop("limits", {}))}
+        model = model or await self._agent_model(agent.digest)
+        self._gateway.require_allowed(model)
         if agent.env:
             options[AGENT_ENV] = agent.env
-        session = self._new_session(agent, model or await self._agent_model(agent.digest), options)
+        session = self._new_session(agent, model, options)
+        # Asked for before there is a row: of a session that is refused for want of room nothing stays.
+        async with self._sandboxes.admitted(self._spec(session, self._limits(session), is_fresh=True)) as ticket:
+            return await self._create(session, ticket)
+
+    async def _create(self, session: Session, ticket: Ticket) -> Session:
         await self._store.create_session(session)
         with self._using(session.id) as live:
             try:
                 async with live.lock:
-                    sandbox = await self._start(session, live, is_fresh=True)
+                    sandbox = await self._start(session, live, ticket=ticket)
                     active, _ = await asyncio.gather(
                         self._store.transition(session.id, ACTIVE, sandbox_id=sandbox.id),
-                        self._record_change(session.id, "created", STARTING, ACTIVE, agentName=agent.name, model=session.model),
+                        self._record_change(session.id, "created", STARTING, ACTIVE, agentName=session.agent_name, model=session.model),
                     )
             except BaseException as error:  # whatever it was, the session must not stay `starting`
                 await asyncio.shield(self._fail_creation(session, live, error))
@@ -156,6 +195,32 @@ class Sessions:
             return await self._agents.get(tenant_id, name)
         except AgentNotFound as error:
             raise AgentNotFound(f'Agent "{name}" not found; `ash deploy` makes one') from error
+
+    def _asked_limits(self, agent: Agent, given: Json) -> Json:
+        """The option that keeps what the session and its agent ask for. Raises InvalidRequest for more than the policy allows."""
+        asked = limits.parse(given)
+        limits.check(asked, self._server_limits, self._policies.current.maximum_of(agent.tenant_id, agent.name))
+        try:
+            of_agent = limits.parse(agent.config.get("limits") or {}, "config.limits")
+        except InvalidRequest as error:  # deployed before this was checked
+            raise AgentUnusable(f'The limits of agent "{agent.name}" are wrong: {error.message}; deploy it again') from error
+        both = {**of_agent, **asked}
+        return {ASKED_LIMITS: limits.wire(both)} if both else {}
+
+    def _limits(self, session: Session) -> SessionLimits:
+        """What the session's next sandbox gets: what was asked for, within what the policy allows by now."""
+        asked = limits.parse(session.options.get(ASKED_LIMITS, {}))
+        return limits.resolve(asked, self._server_limits, self._policies.current.maximum_of(session.tenant_id, session.agent_name))
+
+    def check_agent_limits(self, tenant_id: str, name: str, config: Json) -> None:
+        """Raise InvalidRequest for what is wrong with `limits` in the configuration that an agent is deployed with."""
+        asked = limits.parse(config.get("limits") or {}, "config.limits")
+        limits.check(asked, self._server_limits, self._policies.current.maximum_of(tenant_id, name), "config.limits")
+
+    def limits_of(self, session: Session) -> Json:
+        """The limits in force, as they go over the wire: those of its sandbox, or those that its next one gets."""
+        live = self._live.get(session.id)
+        return (live.limits if live is not None and live.sandbox is not None else self._limits(session)).wire()
 
     def _new_session(self, agent: Agent, model: str | None, options: Json) -> Session:
         id, moment = models.new_id(), models.now()
@@ -188,7 +253,8 @@ class Sessions:
     def live(self, id: str) -> Json:
         """What only the running server knows of a session, as fields of its wire object."""
         turn = self._live[id].turn if id in self._live else None
-        return {"turn": {"id": turn.id, "state": "running"} if turn is not None else None}
+        shown = {"id": turn.id, "state": "running"} if turn is not None else None
+        return {"turn": shown, "egress": self._egress.live(id)}
 
     def status(self) -> Json:
         """Counters for health and metrics."""
@@ -200,7 +266,21 @@ class Sessions:
             "turns_by_status": {status: self._counters[status] for status in ("completed", "interrupted", "failed")},
             "wakes": self._counters["wakes"],
             "hibernations": self._counters["hibernations"],
+            "made_room": self._counters["made_room"],
+            "replaced": self._counters["replaced"],
+            "limits_reached": {limit: self._counters[f"limit {limit}"] for limit in models.LIMITS},
         }
+
+    async def resources(self, id: str) -> Json | None:
+        """What the session's sandbox uses just now; None while it has none."""
+        sandbox = self._live[id].sandbox if id in self._live else None
+        return await sandbox.usage() if sandbox is not None else None
+
+    async def usages(self) -> tuple[Json, Json]:
+        """What each sandbox uses just now: by session, and those that wait for one, by their own ids."""
+        rest = await self._sandboxes.usages()
+        owners = {live.sandbox.id: live.session_id for live in list(self._live.values()) if live.sandbox is not None}
+        return {owners[id]: rest.pop(id) for id in list(rest) if id in owners}, rest
 
     # Turns
 
@@ -211,11 +291,16 @@ class Sessions:
         """
         self._refuse_when_closing()
         session = await self._store.get_session(tenant_id, id)
+        if options and options.get("model"):
+            self._gateway.require_allowed(options["model"])
+        if not isinstance(content, str):
+            self._gateway.require_allowed_content(content)
         turn = ActiveTurn(content, options or {})
         with self._using(id) as live:
             if live.sandbox is None or live.lock.locked():
                 async with live.lock:
                     session = await self._store.get_session(tenant_id, id)
+                    await self._require_wakeable(session, live)
                     self._begin(session, live, turn)
             else:
                 self._begin(session, live, turn)
@@ -233,6 +318,12 @@ class Sessions:
             raise
         return event.seq
 
+    async def _require_wakeable(self, session: Session, live: LiveSession) -> None:
+        """Refuse a message for which no sandbox can be had now, rather than let its turn fail. To be called under the session's lock."""
+        self._require_active(session)
+        if live.sandbox is None and live.turn is None:
+            await self._sandboxes.check_wake()
+
     def _begin(self, session: Session, live: LiveSession, turn: ActiveTurn) -> None:
         self._require_active(session)
         live.begin(turn)
@@ -246,7 +337,7 @@ class Sessions:
             try:
                 sandbox = await self._ensure_sandbox(session, live)
                 await live.query(turn, sandbox)
-                await live.watch(turn, self._config.turn_timeout, self._config.hang_timeout)
+                await live.watch(turn, live.limits.turn_timeout, self._config.hang_timeout)
             except AshError as error:
                 await live.finish(turn, "failed", error.message)
             except Exception:  # the edge of a turn: one without an end would block its session for ever
@@ -267,7 +358,7 @@ class Sessions:
     @contextlib.contextmanager
     def _using(self, id: str) -> Iterator[LiveSession]:
         """The session's living part, made when there is none, and kept at least as long as the block lasts."""
-        live = self._live.setdefault(id, LiveSession(id, self._log, self._counters, self._config.max_turn_mb << 20))
+        live = self._live.setdefault(id, LiveSession(id, self._log, self._counters, self._config.max_turn_mb << 20, self._default_limits))
         live.users += 1
         try:
             yield live
@@ -289,7 +380,7 @@ class Sessions:
                 live.needs_init = False  # before the row is read: a change that comes later asks again
                 try:
                     session = await self._store.get_session(session.tenant_id, session.id)
-                    await self._init(live.sandbox, session, await self._transcript(live))
+                    await self._init(live.sandbox, session, await self._transcript(live), self._config.start_timeout)
                 except BaseException:
                     live.needs_init = True
                     raise
@@ -302,22 +393,44 @@ class Sessions:
         self._require_active(session)
         self._check_folder(session.agent_name, session.agent_digest)
         self._counters["wakes"] += 1
-        sandbox = await self._start(session, live, is_fresh=False, transcript=await self._transcript(live))
+        sandbox = await self._start(session, live, transcript=await self._transcript(live))
         await self._store.update_session(session.id, sandbox_id=sandbox.id)
         return sandbox
 
-    async def _start(self, session: Session, live: LiveSession, *, is_fresh: bool, transcript: Transcript | None = None) -> Sandbox:
-        """A sandbox for the session, initialized and served."""
+    def _spec(self, session: Session, granted: SessionLimits, *, is_fresh: bool) -> SandboxSpec:
         folder = os.path.join(self._sessions_dir, session.id)
-        sandbox = await self._sandboxes.claim(SandboxSpec(session.id, folder, self._agents.folder(session.agent_digest), is_fresh))
+        return SandboxSpec(session.id, folder, self._agents.folder(session.agent_digest), is_fresh, granted.sandbox)
+
+    async def _start(
+        self, session: Session, live: LiveSession, *, ticket: Ticket | None = None, transcript: Transcript | None = None
+    ) -> Sandbox:  # fmt: skip
+        """A sandbox for the session, initialized and served; a new session brings its ticket."""
+        live.limits = self._limits(session)
+        for name, asked in limits.parse(session.options.get(ASKED_LIMITS, {})).items():
+            if live.limits.values[name] != asked:
+                log.warning("session %s gets a %s of %g, not the %g asked for: the policy was changed",
+                            session.id, name, live.limits.values[name], asked)  # fmt: skip
+        spec = self._spec(session, live.limits, is_fresh=ticket is not None)
+        try:
+            sandbox = await self._claim(session, spec, ticket, transcript or [], INIT_PATIENCE)
+        except SandboxUnresponsive as error:  # it is replaced, not waited for; the session's folder is there by now
+            log.warning("session %s: its sandbox is replaced: %s", session.id, error)
+            self._counters["replaced"] += 1
+            sandbox = await self._claim(session, spec._replace(fresh=False), None, transcript or [], self._config.start_timeout)
+        live.sandbox, live.idle_since = sandbox, time.monotonic()
+        _ = self._serving.start(self._serve(live, sandbox), f"sandbox {sandbox.id}")
+        return sandbox
+
+    async def _claim(
+        self, session: Session, spec: SandboxSpec, ticket: Ticket | None, transcript: Transcript, patience: float
+    ) -> Sandbox:  # fmt: skip
+        sandbox = await self._sandboxes.claim(spec, ticket)
         try:
             saving = self._store.save_sandbox(session.id, sandbox.handle)
-            _ = await asyncio.gather(saving, self._init(sandbox, session, transcript or []))
+            _ = await asyncio.gather(saving, self._init(sandbox, session, transcript, patience))
         except BaseException:  # a sandbox that nobody will own must not live on, whatever went wrong
             await asyncio.shield(self._discard(sandbox))
             raise
-        live.sandbox = sandbox
-        _ = self._serving.start(self._serve(live, sandbox), f"sandbox {sandbox.id}")
         return sandbox
 
     async def _discard(self, sandbox: Sandbox) -> None:
@@ -329,13 +442,23 @@ class Sessions:
             await live.pump(sandbox)
             await self._store.delete_sandbox(sandbox.id)
 
-    async def _init(self, sandbox: Sandbox, session: Session, transcript: Transcript) -> None:
-        model = session.model or self._gateway.default_model()
-        self._gateway.bind(sandbox.id, ModelAccess(session.id, session.tenant_id, model))
+    async def _init(self, sandbox: Sandbox, session: Session, transcript: Transcript, patience: float) -> None:
+        own = await self._credentials.open(session)
+        if own.bound and self._config.sandbox == "none":
+            raise CredentialUnusable(_NEEDS_ISOLATION)
+        model = session.model or self._gateway.default_model(has_key=own.model_key is not None)
+        access = ModelAccess(session.id, session.tenant_id, model, own.model_key, is_revoked=own.is_revoked)
+        self._gateway.bind(sandbox.id, access)
         agent = {"name": session.agent_name, "version": session.agent_version, "sessionId": session.id}
-        options = {key: value for key, value in session.options.items() if key not in (AGENT_ENV, "extraEnv", "credentialId")}
-        env = {**session.options.get(AGENT_ENV, {}), **session.options.get("extraEnv", {})}
-        await sandbox.init(agent, {**options, "model": model, "env": env}, transcript)
+        options = {key: value for key, value in session.options.items() if key not in (AGENT_ENV, ASKED_LIMITS, "extraEnv", "credentialId")}
+        network = await self._agents.network(session.agent_digest)
+        hosts = (*network.hosts, *(credential.rule for credential in own.bound))
+        way = EgressAccess(session.id, session.tenant_id, session.agent_name, hosts, network.denied, own.bound)
+        variables = self._egress.bind(sandbox.id, way)
+        await self._egress.prepare(sandbox.id)
+        env = {**session.options.get(AGENT_ENV, {}), **session.options.get("extraEnv", {}), **variables}
+        given = {"model": model, "env": env, "toolTimeout": self._limits(session).tool_timeout}
+        await sandbox.init(agent, {**options, **given}, transcript, timeout=patience)
 
     async def _transcript(self, live: LiveSession) -> Transcript:
         """The conversation so far, without the turn that is just beginning."""
@@ -352,23 +475,39 @@ class Sessions:
         return found
 
     async def _hibernate_idle(self) -> None:
-        interval = min(30.0, self._config.idle_timeout / 4)
         while True:
-            await asyncio.sleep(interval)
-            oldest = time.monotonic() - self._config.idle_timeout
+            shortest = min((live.limits.idle_timeout for live in self._live.values()), default=self._config.idle_timeout)
+            await asyncio.sleep(min(_IDLE_CHECK, shortest / 4))
+            moment = time.monotonic()
             for live in list(self._live.values()):
-                if live.sandbox is not None and live.is_idle and live.idle_since < oldest:
+                if live.sandbox is not None and live.is_idle and live.idle_since < moment - live.limits.idle_timeout:
                     await self._hibernate(live)
 
-    async def _hibernate(self, live: LiveSession) -> None:
+    async def _hibernate(self, live: LiveSession, grace: float = 5.0) -> bool:
         with self._using(live.session_id):
             try:
                 async with live.lock:
-                    if live.turn is None and not live.commands:
+                    if live.sandbox is not None and live.turn is None and not live.commands:
                         self._counters["hibernations"] += 1
-                        await live.give_up()
+                        await live.give_up(grace)
+                        return True
             except Exception:  # the edge of the loop: one session's trouble must not keep the others awake
                 log.exception("session %s could not be hibernated", live.session_id)
+        return False
+
+    async def _make_room(self, is_new: bool) -> bool:
+        """Hibernate the session that has been idle longest, for one that needs a sandbox. False when none can be.
+
+        One that was in use a moment ago gives way to a session that goes on, not to a new one: two that take turns would otherwise
+        only start sandboxes.
+        """
+        latest = time.monotonic() - (_RECENT_USE if is_new else 0.0)
+        for live in sorted(self._live.values(), key=lambda live: live.idle_since):
+            may_go = live.sandbox is not None and live.is_idle and live.idle_since <= latest
+            if may_go and await self._hibernate(live, grace=1.0):
+                self._counters["made_room"] += 1
+                return True
+        return False
 
     # Changing a session
 
@@ -381,9 +520,16 @@ class Sessions:
                     raise SessionEnded(_HAS_ENDED)
                 options = {**session.options, **{key: changes[key] for key in _CHANGEABLE if key in changes}}
                 given = {key: value for key, value in options.items() if value is not None}
+                if "model" in changes:
+                    self._gateway.require_allowed(changes["model"])
                 session = await self._store.update_session(id, model=changes.get("model", KEEP), options=given)
                 live.needs_init = True
         return session
+
+    def refresh(self) -> None:
+        """Something that sessions are told at their start was changed: tell those that run again, before their next messages."""
+        for live in self._live.values():
+            live.needs_init = True
 
     async def pause(self, tenant_id: str, id: str) -> Session:
         """Give up the sandbox by the user's own wish; a running turn is interrupted first. Only `resume` makes it active again."""
@@ -462,10 +608,10 @@ class Sessions:
         session = await self._store.get_session(tenant_id, id)
         self._require_active(session)
         with self._using(id) as live:
-            sandbox = live.sandbox or await self._ensure_sandbox(session, live)
-            live.commands += 1
+            live.commands += 1  # first, so that the sandbox is not given up as soon as it is there
             try:
-                return await sandbox.exec(command, timeout=timeout, **options)
+                sandbox = live.sandbox or await self._ensure_sandbox(session, live)
+                return await sandbox.exec(command, timeout=min(timeout, live.limits.tool_timeout), **options)
             finally:
                 live.commands -= 1
                 live.idle_since = time.monotonic()

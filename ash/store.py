@@ -19,8 +19,8 @@ from typing import Any, Self, TypeVar
 import aiosqlite
 
 from ash import dialect, models
-from ash.errors import AgentNotFound, AshError, Conflict, InvalidRequest, NotFound, SessionNotFound, StoreFailed
-from ash.models import Agent, ApiKey, Event, Json, NewEvent, SandboxHandle, Session
+from ash.errors import AgentNotFound, AshError, Conflict, CredentialNotFound, InvalidRequest, NotFound, SessionNotFound, StoreFailed
+from ash.models import Agent, ApiKey, Credential, Event, Json, NewEvent, SandboxHandle, Session
 
 _T = TypeVar("_T")
 
@@ -40,6 +40,7 @@ _ROWS_PER_STATEMENT = 500
 _AGENT = ", ".join(Agent._fields)
 _SESSION = ", ".join(Session._fields)
 _KEY = ", ".join(ApiKey._fields)
+_CREDENTIAL = ", ".join(Credential._fields)
 _HANDLE = ", ".join(SandboxHandle._fields)
 
 
@@ -477,6 +478,37 @@ class Store:
 
     async def count_keys(self) -> int:
         [(count,)] = await self._read("SELECT count(*) FROM api_keys")
+        return int(count)
+
+    # Credentials
+
+    async def add_credential(self, credential: Credential, sealed: bytes) -> None:
+        values = (*credential, sealed)
+        await self._write(f"INSERT INTO credentials ({_CREDENTIAL}, sealed) VALUES ({_marks(len(values))})", *values, sync=True)
+
+    async def list_credentials(self, tenant_id: str) -> list[Credential]:
+        """The oldest first."""
+        rows = await self._read(f"SELECT {_CREDENTIAL} FROM credentials WHERE tenant_id = ? ORDER BY created_at, rowid", tenant_id)
+        return [Credential._make(row) for row in rows]
+
+    async def find_credentials(self, tenant_id: str, agent: str, id: str | None = None) -> list[tuple[Credential, bytes]]:
+        """Those of the agent, and the one with this id, each with what is sealed."""
+        sql = f"""
+            SELECT {_CREDENTIAL}, CAST(sealed AS BLOB) FROM credentials
+            WHERE tenant_id = ? AND (agent = ? OR id = ?) ORDER BY created_at, rowid
+        """
+        return [(Credential._make(row[:-1]), row[-1]) for row in await self._read(sql, tenant_id, agent, id)]
+
+    async def touch_credentials(self, ids: Sequence[str]) -> None:
+        """They are used now."""
+        await self._write(f"UPDATE credentials SET last_used_at = ? WHERE id IN ({_marks(len(ids))})", models.now(), *ids)
+
+    async def delete_credential(self, tenant_id: str, id: str) -> None:
+        if not await self._write("DELETE FROM credentials WHERE tenant_id = ? AND id = ? RETURNING id", tenant_id, id, sync=True):
+            raise CredentialNotFound("Credential not found")
+
+    async def count_credentials(self) -> int:
+        [(count,)] = await self._read("SELECT count(*) FROM credentials")
         return int(count)
 
     # Sandboxes

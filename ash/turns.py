@@ -16,6 +16,7 @@ from typing import Any
 from ash import models
 from ash.errors import AshError, InvalidRequest, ProtocolError, SandboxFailed, TurnRunning
 from ash.events import EventLog
+from ash.limits import SessionLimits
 from ash.models import Json, NewEvent
 from ash.sandbox import Sandbox
 
@@ -38,6 +39,7 @@ class ActiveTurn:
         self.sandbox: Sandbox | None = None  # the one that was asked to run it
         self.error: str | None = None
         self.overdue: str | None = None  # why the server ended it
+        self.met: list[Json] = []  # the limit that was the reason
         self.last_sign = time.monotonic()
         self.recorded_bytes = 0
         self.is_ending = False
@@ -50,7 +52,8 @@ class LiveSession:
     `lock` guards its status together with its sandbox, `config_lock` the merging of changes to its configuration.
     """
 
-    def __init__(self, session_id: str, event_log: EventLog, counters: Counter[str], max_turn_bytes: int) -> None:
+    def __init__(self, session_id: str, event_log: EventLog, counters: Counter[str], max_turn_bytes: int, limits: SessionLimits) -> None:
+        self.limits = limits  # those of its sandbox, once it has one
         self.session_id = session_id
         self.lock = asyncio.Lock()
         self.config_lock = asyncio.Lock()
@@ -91,8 +94,23 @@ class LiveSession:
             await sandbox.stop(grace=0)
         if self.sandbox is sandbox:
             self.sandbox = None
+        met = [{"limit": sandbox.limit_reached, "message": sandbox.failure}] if sandbox.limit_reached else []
         if self.turn is not None and self.turn.sandbox is sandbox:
-            await self.finish(self.turn, "failed", trouble or sandbox.failure or "the sandbox ended during the turn")
+            reason = trouble or sandbox.failure or "the sandbox ended during the turn"
+            await self.finish(self.turn, "failed", reason, before=self._note_limits(met))
+        elif met:
+            await self._log_limits(met)
+
+    def _note_limits(self, met: list[Json]) -> list[NewEvent]:
+        for data in met:
+            self._counters[f"limit {data['limit']}"] += 1
+        return [NewEvent(models.LIMIT_REACHED, data) for data in met]
+
+    async def _log_limits(self, met: list[Json]) -> None:
+        try:
+            await self._log.append(self.session_id, self._note_limits(met))
+        except AshError as error:
+            log.error("session %s: that it reached a limit could not be recorded: %s", self.session_id, error)
 
     async def _record(self, batch: list[Json]) -> None:
         """Events that came together share a commit."""
@@ -107,7 +125,8 @@ class LiveSession:
             elif event["ev"] == "error":
                 turn.error = event["error"]
             elif event["ev"] == "done":
-                await self.finish(turn, event["status"], event.get("error"), before=entries)
+                met = turn.sandbox.limits_met() if turn.sandbox is not None else []
+                await self.finish(turn, event["status"], event.get("error"), before=[*entries, *self._note_limits(met)])
                 return  # a bridge has one turn at a time: what else it sent belongs to none
         if turn is None or not turn.is_ending:
             await self._log.append(self.session_id, entries)
@@ -132,7 +151,7 @@ class LiveSession:
             status, turn.error = "failed", turn.overdue  # nobody asked for it but the server
         reason = NewEvent(models.TURN_FAILED, {"error": turn.error or turn.overdue or error or "the turn failed"})
         end = NewEvent(models.TURN_ENDED, {"turnId": turn.id, "status": status})
-        events = [*before, *([reason] if status == "failed" else []), end]
+        events = [*before, *([*self._note_limits(turn.met), reason] if status == "failed" else []), end]
         await self._append_surely(events)
         # Whoever appended goes on before any follower of the log does, so a client that reads `done` finds the place free.
         self.turn = None
@@ -173,12 +192,13 @@ class LiveSession:
                 async with asyncio.timeout(max(0.0, limit - time.monotonic())):
                     await turn.ended.wait()
             except TimeoutError:
-                await self._check_overdue(turn, deadline, hang_timeout)
+                await self._check_overdue(turn, deadline, turn_timeout, hang_timeout)
 
-    async def _check_overdue(self, turn: ActiveTurn, deadline: float, hang_timeout: float) -> None:
+    async def _check_overdue(self, turn: ActiveTurn, deadline: float, turn_timeout: float, hang_timeout: float) -> None:
         moment = time.monotonic()
         if moment >= deadline:
-            turn.overdue = "the turn took longer than the server allows (turn_timeout) and was ended"
+            turn.overdue = f"the turn took longer than {turn_timeout:g} s, the session's limit (turn_timeout), and was ended"
+            turn.met = [{"limit": "turn_time", "message": turn.overdue}]
             await self.break_off(turn, "failed")
         elif moment >= turn.last_sign + hang_timeout:
             turn.overdue = f"the agent's process gave no sign of life for {hang_timeout:g} seconds and was ended"

@@ -22,29 +22,36 @@ from typing import Any, cast
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from ash import __version__, models
+from ash import __version__, limits, models, notify
 from ash.agents import Agents
 from ash.auth import GUARD, Guard, authenticate
 from ash.config import Config, drop_secrets
+from ash.credentials import Credentials
+from ash.egress import Egress, EgressAccess
+from ash.egress.authority import upstream_context
+from ash.egress.interception import Interceptor
 from ash.errors import ConfigError
 from ash.events import EventLog
 from ash.gateway import Gateway
 from ash.keys import Keys
 from ash.models import NewEvent
-from ash.routes import agents, answers, api_keys, health, messages, sessions
+from ash.policy import Policy, open_policies
+from ash.routes import agents, answers, api_keys, credentials, files, health, messages, policy, sessions
 from ash.routes.parts import PARTS, Parts
-from ash.sandbox import Limits, Sandboxes
+from ash.sandbox import Sandboxes
 from ash.sessions import Sessions
 from ash.store import Store
+from ash.workspaces import Workspaces
 
 log = logging.getLogger(__name__)
 
 _ANSWER_TIMEOUT = 5.0
 """Seconds that requests other than turns get to finish when the server stops."""
+_HANGUP_DELAY = 0.3
 SWITCH_INTERVAL = 0.0005
 """Seconds the event loop may keep the interpreter while the database's threads wait for it; Python's own value is 5 ms."""
 CONFIG: web.AppKey[Config] = web.AppKey("config", Config)
-_RESOURCES = (agents, sessions, messages, health, api_keys)
+_RESOURCES = (agents, sessions, messages, health, api_keys, policy, credentials, files)
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 
 
@@ -67,11 +74,13 @@ async def _open_parts(app: web.Application) -> AsyncIterator[None]:
     # Sandboxes of a server that is root have uids of their own, which must be able to reach their folders in here.
     await asyncio.to_thread(_make_data_dir, config.data_dir)
     with _locked(config.data_dir):
+        policies = await asyncio.to_thread(open_policies, config)
         async with (
             Store(os.path.join(config.data_dir, "ash.db")) as store,
             EventLog(store) as event_log,
-            Gateway(config, on_usage=_recorder(event_log)) as gateway,
-            _sandboxes(config, gateway) as sandboxes,
+            Gateway(config, on_usage=_recorder(event_log), policy=lambda: policies.current) as gateway,
+            Egress(policy_of=policies.egress_of, record=_event_recorder(event_log), interceptors=await _interceptors(config)) as egress,
+            _sandboxes(config, policies.current, gateway, egress) as sandboxes,
         ):
             keys = Keys(store, config.api_key)
             await keys.bootstrap(config.data_dir)
@@ -79,10 +88,15 @@ async def _open_parts(app: web.Application) -> AsyncIterator[None]:
             await asyncio.to_thread(os.makedirs, agents_dir, 0o700, exist_ok=True)  # sandboxes get copies and links, never this folder
             found = Agents(store, agents_dir, max_bytes=config.max_agent_mb * 1024 * 1024, max_files=config.max_agent_files)
             await found.prune()
+            vault = Credentials(store, config.data_dir, config.master_key_file)
             async with Sessions(
-                store=store, log=event_log, agents=found, gateway=gateway, sandboxes=sandboxes, config=config
-            ) as live_sessions:
-                app[PARTS] = Parts(config, store, event_log, keys, found, gateway, sandboxes, live_sessions, started)
+                store=store, log=event_log, agents=found, gateway=gateway, egress=egress, sandboxes=sandboxes,
+                config=config, policies=policies, credentials=vault,
+            ) as live_sessions:  # fmt: skip
+                app[PARTS] = Parts(
+                    config, store, event_log, keys, found, gateway, egress, sandboxes, live_sessions, Workspaces(store, config),
+                    policies, vault, started,
+                )  # fmt: skip
                 app[GUARD] = Guard(config, keys)
                 yield
 
@@ -96,19 +110,51 @@ def _recorder(event_log: EventLog) -> Callable[[str, models.Json], Awaitable[Non
     return record
 
 
-def _sandboxes(config: Config, gateway: Gateway) -> Sandboxes:
+def _event_recorder(event_log: EventLog) -> Callable[[str, str, models.Json], Awaitable[None]]:
+    """Puts what the egress proxy has to report into the session's log."""
+
+    async def record(session_id: str, kind: str, data: models.Json) -> None:
+        _ = await event_log.append(session_id, [NewEvent(kind, data)])
+
+    return record
+
+
+async def _interceptors(config: Config) -> Callable[[EgressAccess, str], Interceptor]:
+    """Raises ConfigError for a file of authorities that cannot be used: now, and not at the first request."""
+    if config.egress_ca_file:
+        _ = await asyncio.to_thread(upstream_context, config.egress_ca_file)
+    return lambda access, folder: Interceptor(access.session_id, access.credentials, folder, config.egress_ca_file)
+
+
+def _sandboxes(config: Config, policy: Policy, gateway: Gateway, egress: Egress) -> Sandboxes:
+    granted = limits.resolve({}, limits.of_server(config), policy.maximum)  # what a session gets that asks for nothing
+
+    async def open_ways(id: str, gateway_socket: str) -> None:
+        await gateway.open(id, gateway_socket)
+        await egress.open(id, os.path.dirname(gateway_socket))
+
+    async def close_ways(id: str) -> None:
+        await egress.close(id)
+        await gateway.close(id)
+
     return Sandboxes(
         data_dir=config.data_dir,
         isolation=config.sandbox,
-        limits=Limits(config.memory_mb, config.cpu_percent, config.max_processes, config.max_file_mb),
+        limits=granted.sandbox,
         warm=config.warm_sandboxes,
         maximum=config.max_sandboxes,
         start_timeout=config.start_timeout,
         orphan_timeout=config.orphan_timeout,
         python=config.sandbox_python,
         cgroup_root=config.cgroup_root,
-        on_open=gateway.open,
-        on_close=gateway.close,
+        rootfs=config.rootfs,
+        mounts=policy.mounts,
+        ptrace=config.sandbox_ptrace,
+        min_free_memory_mb=config.min_free_memory_mb,
+        min_free_disk_mb=config.min_free_disk_mb,
+        most_waiting=config.max_waiting_starts,
+        on_open=open_ways,
+        on_close=close_ways,
     )
 
 
@@ -155,7 +201,7 @@ def _running_server(data_dir: str) -> str:
 
 
 def run(config: Config) -> None:
-    """Serve until SIGTERM, SIGINT or SIGHUP. Raises ConfigError when the server cannot start as configured."""
+    """Serve until SIGTERM or SIGINT; SIGHUP has the policy read again. Raises ConfigError when the server cannot start as configured."""
     logging.basicConfig(
         level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s.%(msecs)03d %(levelname)s %(name)s: %(message)s",
         datefmt="%Y-%m-%dT%H:%M:%S",
@@ -221,15 +267,21 @@ def _explain(error: OSError, host: str, port: int) -> str:
 
 
 async def _serve(config: Config, sockets: list[socket.socket]) -> None:
+    app = create_app(config)
     stopped = _stop_on_signals()
-    runner = web.AppRunner(create_app(config), access_log=None, shutdown_timeout=_ANSWER_TIMEOUT)
+    _reload_on_hangup(app, stopped)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=_ANSWER_TIMEOUT)
     try:
         await runner.setup()
         for listener in sockets:
+            app[PARTS].egress.protect(listener.getsockname()[1])
             await web.SockSite(runner, listener, backlog=1024).start()
         with _announced(config, sockets[0].getsockname()[1]) as url:
             _greet(config, runner.app, url)
-            log.info("stopping: %s", await _first_of(stopped, runner.app[PARTS].log.broken))
+            notify.ready(f"listens on {url}")
+            why = await _first_of(stopped, runner.app[PARTS].log.broken)
+            log.info("stopping: %s", why)
+            notify.stopping(why)
             await runner.cleanup()
     finally:
         await runner.cleanup()  # for a start that failed; otherwise there is nothing left to do
@@ -247,7 +299,7 @@ def _stop_on_signals() -> asyncio.Future[str]:
     """Done at the first signal to stop. The second one is no longer caught, and ends the process at once."""
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[str] = loop.create_future()
-    caught = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    caught = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
 
     def stop(name: str) -> None:
         for number in caught:
@@ -258,6 +310,34 @@ def _stop_on_signals() -> asyncio.Future[str]:
     for number in caught:
         loop.add_signal_handler(number, stop, number.name)
     return stopped
+
+
+def _reload_on_hangup(app: web.Application, stopped: asyncio.Future[str]) -> None:
+    """SIGHUP has the policy read again, as it does with daemons. It is also what a closed terminal sends: then the server stops."""
+    loop = asyncio.get_running_loop()
+    had_terminal = _has_terminal()
+
+    def decide() -> None:
+        if had_terminal and not _has_terminal():
+            if not stopped.done():
+                stopped.set_result("SIGHUP, the terminal was closed")
+        elif PARTS in app:
+            notify.reloading()
+            is_new = app[PARTS].policies.reload()
+            notify.ready("the policy was read again" if is_new else "the policy was refused and stays as it was, see the log")
+
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        # A shell may pass the signal on a moment before the kernel has taken the terminal away.
+        loop.add_signal_handler(signal.SIGHUP, lambda: loop.call_later(_HANGUP_DELAY if had_terminal else 0, decide))
+
+
+def _has_terminal() -> bool:
+    """Whether this process has a controlling terminal now."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def _card_path(data_dir: str) -> str:

@@ -10,14 +10,16 @@ import asyncio
 import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from ash import models, protocol
-from ash.errors import CapacityReached, SandboxFailed
+from ash.errors import CapacityReached, SandboxFailed, SandboxUnresponsive
 from ash.models import SandboxHandle
-from ash.sandbox import ExecResult, Limits, PoolStatus, SandboxSpec
+from ash.sandbox import ExecResult, Limits, Mount, PoolStatus, SandboxSpec, Ticket
 
 Json = dict[str, Any]
+USAGE = {"source": "proc", "memoryBytes": 5000000, "processes": 3, "cpuSeconds": 0.25}
 Script = Callable[["FakeSandbox", str, Any, Json], AsyncIterator[Json]]
 
 
@@ -68,6 +70,13 @@ async def die(sandbox: FakeSandbox, turn_id: str, content: Any, options: Json) -
     sandbox.vanish("the bridge ended with signal 9 in the middle of a turn")
 
 
+async def exhaust(sandbox: FakeSandbox, turn_id: str, content: Any, options: Json) -> AsyncIterator[Json]:
+    """Says something, and then the sandbox is gone because it ran out of memory."""
+    yield {"ev": "message", "turn_id": turn_id, "data": assistant("I was about to say")}
+    sandbox.limit_reached = "memory"
+    sandbox.vanish("the sandbox ran out of memory")
+
+
 async def wait(sandbox: FakeSandbox, turn_id: str, content: Any, options: Json) -> AsyncIterator[Json]:
     """Says something and then waits: to be interrupted, or for `proceed`."""
     yield {"ev": "message", "turn_id": turn_id, "data": assistant("Let me think")}
@@ -86,6 +95,9 @@ class FakeSandbox:
         self.spec = spec
         self.handle = SandboxHandle(self.id, 0, 0, None, os.path.join(owner.data_dir, "run", self.id), spec.session_dir, None)
         self.failure: str | None = None
+        self.is_deaf = False
+        self.limit_reached: str | None = None
+        self.met: list[Json] = []
         self.inits: list[tuple[Json, Json, list[Json]]] = []
         self.queries: list[tuple[str, Any, Json]] = []
         self.commands: list[tuple[str, Json]] = []
@@ -100,7 +112,9 @@ class FakeSandbox:
     def is_gone(self) -> bool:
         return self.failure is not None
 
-    async def init(self, agent: Json, options: Json, transcript: list[Json]) -> None:
+    async def init(self, agent: Json, options: Json, transcript: list[Json], timeout: float = 30.0) -> None:
+        if self.is_deaf:
+            raise SandboxUnresponsive("the agent's process did not take its agent")
         self._require_alive()
         protocol.command("init", 1, agent=agent, options=options, transcript=transcript)
         self.inits.append((agent, options, transcript))
@@ -132,6 +146,13 @@ class FakeSandbox:
         self.commands.append((command, {"timeout": timeout, "cwd": cwd, "env": env, "stdin": stdin}))
         return ExecResult(0, f"ran {command}", stdin or "", False, False)
 
+    async def usage(self) -> Json:
+        return {**USAGE}
+
+    def limits_met(self) -> list[Json]:
+        met, self.met = self.met, []
+        return met
+
     def logs(self, after: int = -1) -> list[Json]:
         return [line for line in self.lines if line["index"] > after]
 
@@ -162,12 +183,16 @@ class FakeSandboxes:
 
     def __init__(
         self, *, data_dir: str, isolation: str, limits: Limits, warm: int, maximum: int, start_timeout: float, orphan_timeout: float,
-        python: str = "", cgroup_root: str = "",
+        python: str = "", cgroup_root: str = "", rootfs: str = "", mounts: tuple[Mount, ...] = (), ptrace: bool = False,
         on_open: Callable[[str, str], Awaitable[None]], on_close: Callable[[str], Awaitable[None]],
+        min_free_memory_mb: int = 0, min_free_disk_mb: int = 0, most_waiting: int = 100,
     ) -> None:  # fmt: skip
-        self.data_dir, self.maximum = data_dir, maximum
+        self.data_dir, self.maximum, self.limits = data_dir, maximum, limits
         self.script: Script = echo
         self.broken: Exception | None = None
+        self.refusal: Exception | None = None  # what is said at the door
+        self.deaf = 0  # that many sandboxes more answer no init
+        self.on_pressure: Callable[[bool], Awaitable[bool]] | None = None
         self.gate = asyncio.Event()  # claims and stops wait for it
         self.gate.set()
         self.claimed: list[FakeSandbox] = []
@@ -182,13 +207,28 @@ class FakeSandboxes:
         for sandbox in list(self._alive.values()):
             await sandbox.stop(grace=0)
 
-    async def claim(self, spec: SandboxSpec) -> FakeSandbox:
+    @asynccontextmanager
+    async def admitted(self, spec: SandboxSpec) -> AsyncIterator[Ticket]:
+        await self.check(is_new=True)
+        yield Ticket()
+
+    async def check_wake(self) -> None:
+        await self.check(is_new=False)
+
+    async def check(self, *, is_new: bool) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        while len(self._alive) >= self.maximum:
+            if self.on_pressure is None or not await self.on_pressure(is_new):
+                raise CapacityReached("Sandbox capacity reached")
+
+    async def claim(self, spec: SandboxSpec, ticket: Ticket | None = None) -> FakeSandbox:
         await self.gate.wait()
         if self.broken is not None:
             raise self.broken
-        if len(self._alive) >= self.maximum:
-            raise CapacityReached("Sandbox capacity reached")
+        await self.check(is_new=spec.fresh)
         sandbox = FakeSandbox(self, spec)
+        sandbox.is_deaf, self.deaf = self.deaf > 0, max(0, self.deaf - 1)
         for name in ("workspace", "home", "agent"):
             os.makedirs(os.path.join(spec.session_dir, name), exist_ok=True)
         os.makedirs(os.path.join(sandbox.handle.run_dir, "gw"))
@@ -208,6 +248,13 @@ class FakeSandboxes:
     def status(self) -> PoolStatus:
         alive = len(self._alive)
         return PoolStatus(alive, 0, 0, alive, self.maximum, "none", {"memory": "not limited (fake)"}, [], 0, len(self.claimed))
+
+    async def usages(self) -> dict[str, Json]:
+        return {id: {**USAGE} for id in self._alive}
+
+    def pressure(self) -> dict[str, Json]:
+        waits = {"some10": 1.5, "full10": 0.5}
+        return {"host": {"cpu": waits, "memory": waits, "io": None}}
 
     async def reap(self, handles: Iterable[SandboxHandle]) -> int:
         self.reaped += handles

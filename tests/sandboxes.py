@@ -10,11 +10,30 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from ash.isolation.headroom import Headroom, Reading
 from ash.models import new_id
 from ash.sandbox import Limits, Sandbox, Sandboxes, SandboxSpec
 
 FAKE_BRIDGE = str(Path(__file__).parent / "isolation" / "fake_bridge.py")
 LIMITS = Limits(memory_mb=256, cpu_percent=100, max_processes=40, max_file_mb=10)
+
+
+PLENTY = Reading(memory_mb=1 << 20, disk_mb=1 << 20, descriptors=1 << 20, processes=1 << 20, cpu_pressure=0.0)
+
+
+class SaidHeadroom(Headroom):
+    """A host that has left what the test says; the one that runs the tests may be busy."""
+
+    def __init__(self, reading: Reading = PLENTY, **floors: int) -> None:
+        super().__init__("/", **floors)
+        self.said = reading
+
+    def say(self, **changes: Any) -> None:
+        self.said = PLENTY._replace(**changes)
+        self._reading = None
+
+    def measure(self) -> Reading:
+        return self.said
 
 
 class Pool(Sandboxes):
@@ -25,6 +44,7 @@ class Pool(Sandboxes):
         self.opened: dict[str, str] = {}
         self.closed: list[str] = []
         given = {"isolation": "bwrap", "limits": LIMITS, "warm": 0, "maximum": 8, "start_timeout": 20.0, "orphan_timeout": 20.0}
+        self.headroom = settings.setdefault("headroom", SaidHeadroom())
         super().__init__(data_dir=data_dir, **{**given, "on_open": self._open, "on_close": self._close, **settings})
 
     async def _open(self, id: str, path: str) -> None:

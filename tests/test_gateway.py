@@ -219,7 +219,7 @@ async def test_a_stream_arrives_byte_for_byte_and_its_usage_is_reported_once() -
 
 
 async def test_the_request_body_arrives_byte_for_byte() -> None:
-    body = b'{ "model":"claude-x",  "max_tokens": 5, "messages":[], "odd": "\\u00e9 \xc3\xa9" }'
+    body = b'{ "model":"claude-x",  "max_tokens": 5, "messages":[], "system": "\\u00e9 \xc3\xa9" }'
     async with connected(stream(WHOLE)) as (rig, upstream):
         await rig.ask(body)
     assert upstream.requests[0][2] == body

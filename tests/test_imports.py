@@ -13,11 +13,14 @@ import ash
 
 ROOT = Path(ash.__file__).parent
 
-LEAVES = {"errors", "config", "models", "dialect", "protocol", "sse", "tasks", "skipped"}
+LEAVES = {"errors", "config", "models", "dialect", "protocol", "sse", "tasks", "skipped", "notify", "beneath", "paths"}
 EDGES = {"store", "sql", "sandbox", "isolation", "bridge", "runtime", "client", "remote"}
-CORE = {"agents", "sessions", "turns", "events", "gateway", "providers", "offline", "keys"}
+CORE = {
+    "agents", "sessions", "turns", "events", "gateway", "providers", "offline", "keys", "egress", "policy", "limits", "credentials",
+    "workspaces",
+}  # fmt: skip
 FRONT = {"web", "routes", "peer", "auth"}
-ENTRY = {"__main__", "cli", "cache"}
+ENTRY = {"__main__", "cli", "cache", "attack"}
 
 # A package and its front door may see each other; beyond that an edge sees only leaves.
 NEIGHBOURS = {

@@ -107,7 +107,7 @@ async def test_a_waiting_command_learns_that_its_sandbox_died(pool: Pool) -> Non
 
 
 async def test_a_bridge_that_never_answers_is_not_waited_for(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ash.sandbox.EXEC_GRACE", 0.1)
+    monkeypatch.setattr("ash.isolation.running.EXEC_GRACE", 0.1)
     sandbox = await pool.take()
     os.kill(sandbox.handle.pid, signal.SIGSTOP)
     with pytest.raises(Timeout, match="did not answer"):
@@ -179,8 +179,8 @@ async def test_a_start_that_takes_too_long_is_given_up(data_dir: str) -> None:
 async def test_a_claim_that_is_cancelled_leaves_nothing(pool: Pool) -> None:
     agent = make_agent(pool.data_dir, "digest-2", MUTE="")
     claiming = asyncio.create_task(pool.take("s1", agent=agent))
-    await until(lambda: pool._alive)
-    pid = next(iter(pool._alive.values())).handle.pid
+    await until(lambda: pool._starter.alive)
+    pid = next(iter(pool._starter.alive.values())).handle.pid
     claiming.cancel()
     with pytest.raises(asyncio.CancelledError):
         await claiming

@@ -55,6 +55,41 @@ async def test_a_turn_is_logged_from_its_first_event_to_its_one_last(start_serve
     assert ending(events) == ("completed", None)
 
 
+async def test_a_sandbox_that_ran_out_of_memory_says_so_in_its_turn_and_the_session_stays_usable(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    server.sandboxes.script = fakes.exhaust
+    events = await turn(server, id)
+    assert ending(events) == ("failed", "the sandbox ran out of memory")
+    assert [event.data for event in events if event.type == models.LIMIT_REACHED] == [
+        {"limit": "memory", "message": "the sandbox ran out of memory"}
+    ]
+    assert events[-3].type == models.LIMIT_REACHED
+    server.sandboxes.script = fakes.echo
+    assert ending(await turn(server, id)) == ("completed", None)
+
+
+async def test_a_sandbox_that_ran_out_of_memory_between_turns_is_in_the_log(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    sandbox = server.sandboxes.claimed[0]
+    sandbox.limit_reached = "memory"
+    sandbox.vanish("the sandbox ran out of memory")
+    async with asyncio.timeout(5):
+        while not [event for event in await log_of(server, id) if event.type == models.LIMIT_REACHED]:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_limit_that_was_met_and_outlived_is_noted_before_the_turns_end(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    server.sandboxes.claimed[0].met = [{"limit": "processes", "message": "more were refused"}]
+    events = await turn(server, id)
+    assert ending(events) == ("completed", None)
+    assert [event.data["limit"] for event in events if event.type == models.LIMIT_REACHED] == ["processes"]
+    assert [event for event in await turn(server, id) if event.type == models.LIMIT_REACHED] == []
+
+
 @pytest.mark.parametrize(
     ("script", "status", "words"),
     [(fakes.fail, "failed", "the model refused"), (fakes.die, "failed", "signal 9")],

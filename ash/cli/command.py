@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
@@ -93,6 +94,18 @@ def key_value(text: str) -> tuple[str, str]:
     if not separator or not name:
         raise argparse.ArgumentTypeError(f"{text!r} must be KEY=VALUE")
     return name, value
+
+
+def limit(text: str) -> tuple[str, float]:
+    """`NAME=VALUE` of `--limit`; an argparse type. Which names there are the server knows."""
+    name, value = key_value(text)
+    try:
+        number = float(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {value!r} is not a number") from error
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r}: {value!r} is no limit")
+    return name.replace("-", "_"), int(number) if number.is_integer() else number
 
 
 def names(text: str) -> list[str]:

@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ash.cli import profile
-from ash.cli.command import Command, key_value
+from ash.cli.command import Command, key_value, limit
 from ash.cli.terminal import DIM, YELLOW, Terminal
 from ash.errors import InvalidRequest
 from ash.models import RESERVED_VARIABLES
 
 if TYPE_CHECKING:
     from ash.client import Agent, AshClient
+    from ash.models import Json
 
 _ENV_FILES = (".env", ".env.local")
 
@@ -23,14 +24,19 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="the agent's folder, with a CLAUDE.md in it")
     parser.add_argument("--name", "-n", help="name of the agent (default: the folder's name)")
     add_env(parser, "a variable for the agent's tools; overrides .env.local, which overrides .env")
+    add_limits(parser, "a limit of the agent's sessions, such as memory_mb=512; without one the agent keeps those it has")
 
 
 def add_env(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument("--env", "-e", action="append", default=[], type=key_value, metavar="KEY=VALUE", help=f"{help} (may be repeated)")
 
 
+def add_limits(parser: argparse.ArgumentParser, help: str) -> None:
+    parser.add_argument("--limit", action="append", default=[], type=limit, metavar="NAME=VALUE", help=f"{help} (may be repeated)")
+
+
 def _deploy(args: argparse.Namespace, terminal: Terminal) -> int:
-    agent = deploy(profile.client(args), args.path, terminal, name=args.name, env=args.env)
+    agent = deploy(profile.client(args), args.path, terminal, name=args.name, env=args.env, limits=args.limit)
     if terminal.is_json:
         terminal.data(agent.raw)
         return 0
@@ -40,7 +46,10 @@ def _deploy(args: argparse.Namespace, terminal: Terminal) -> int:
     return 0
 
 
-def deploy(client: AshClient, path: str, terminal: Terminal, *, name: str | None = None, env: Iterable[tuple[str, str]] = ()) -> Agent:
+def deploy(
+    client: AshClient, path: str, terminal: Terminal, *,
+    name: str | None = None, env: Iterable[tuple[str, str]] = (), limits: Iterable[tuple[str, float]] = (),
+) -> Agent:  # fmt: skip
     """Upload `path` with its variables, showing progress."""
     from ash.client import agent_name
 
@@ -52,12 +61,19 @@ def deploy(client: AshClient, path: str, terminal: Terminal, *, name: str | None
     def show(done: int, total: int) -> None:
         terminal.progress(f"Uploading {wanted}", done, total)
 
-    agent = client.deploy_agent(wanted, path, env=variables or None, on_progress=show)
+    agent = client.deploy_agent(wanted, path, env=variables or None, config=_config(limits), on_progress=show)
     terminal.clear_progress()
     ignored = agent.config.get("ignored")
     if isinstance(ignored, list) and ignored:
         terminal.note(f"Not used yet: {', '.join(map(str, ignored))}", YELLOW)
     return agent
+
+
+def _config(limits: Iterable[tuple[str, float]]) -> Json | None:
+    """What is sent as the agent's configuration; None keeps the one it has."""
+    from ash.remote.records import camel
+
+    return {"limits": given} if (given := {camel(name): value for name, value in limits}) else None
 
 
 def _without_reserved(found: dict[str, str], terminal: Terminal) -> dict[str, str]:

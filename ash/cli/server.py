@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import suppress
 
+from ash import notify
 from ash.cli import local, profile
 from ash.cli.command import Command, UsageError
 from ash.cli.terminal import DIM, YELLOW, Terminal
@@ -61,7 +62,8 @@ def _start(args: argparse.Namespace, terminal: Terminal) -> int:
         return _say_started(running, terminal, "Ash runs already")
     if args.detach:
         return _detach(args, config, terminal)
-    threading.Thread(target=_take_key, args=(config.data_dir, os.getpid(), terminal), daemon=True).start()
+    if not notify.is_supervised():  # the key of a service stays in its data folder, for whoever may read that
+        threading.Thread(target=_take_key, args=(config.data_dir, os.getpid(), terminal), daemon=True).start()
     if args.stop_with_stdin:
         threading.Thread(target=_stop_with_stdin, daemon=True).start()
     from ash import web

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ash.cli import profile, turn
 from ash.cli.command import Command, UsageError, names
-from ash.cli.deploy import add_env
+from ash.cli.deploy import add_env, add_limits
 from ash.cli.terminal import CYAN, DIM, Terminal, shorten
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ def _configure_create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--permission-mode", metavar="MODE", help="how tools are permitted")
     parser.add_argument("--allowed-tools", type=names, metavar="NAMES", help="tools that may be used, separated by commas")
     parser.add_argument("--disallowed-tools", type=names, metavar="NAMES", help="tools that may not")
+    parser.add_argument("--credential", metavar="ID", help="a stored credential for this session: its model key, or one for a host")
     add_env(parser, "a variable for the session's tools")
+    add_limits(parser, "a limit of the session, such as memory_mb=512 or turn_timeout=60")
 
 
 def _create(args: argparse.Namespace, terminal: Terminal) -> int:
@@ -42,7 +44,9 @@ def _create(args: argparse.Namespace, terminal: Terminal) -> int:
         "permission_mode": args.permission_mode,
         "allowed_tools": args.allowed_tools,
         "disallowed_tools": args.disallowed_tools,
+        "credential_id": args.credential,
         "extra_env": dict(args.env) or None,
+        "limits": dict(args.limit) or None,
     }
     session = profile.client(args).create_session(args.agent, **options)
     return _show(session, terminal, "created")

@@ -17,9 +17,12 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.resources.abc import Traversable
 
 from ash.isolation.bwrap import BUNDLE, OUTER_ENVIRONMENT, etc_folders
+from ash.isolation.outside import resolve
 
 log = logging.getLogger(__name__)
 
@@ -74,20 +77,33 @@ def _collect(folder: Traversable, prefix: str, found: dict[str, str]) -> None:
             found[f"{prefix}/{entry.name}"] = entry.read_text("utf-8")
 
 
-def build_bridge(folder: str, python: str, version: str, sources: dict[str, str]) -> str:
-    """The path of the zip, written when it is not there. `version` says for which interpreter it is compiled. Blocks."""
+Box = Callable[[list[str]], AbstractContextManager[tuple[list[str], tuple[int, ...]]]]
+"""Gives for a command the one that runs it in a sandbox, and the descriptors that it takes."""
+
+
+def build_bridge(folder: str, python: str, version: str, sources: dict[str, str], box: Box | None = None) -> str:
+    """The path of the zip, written when it is not there. `version` says for which interpreter it is compiled. Blocks.
+
+    With `box` the interpreter runs in a sandbox: it may be one of a root file system that nobody on the host vouches for.
+    """
     digest = _digest(json.dumps([version, sources], sort_keys=True))
     path = os.path.join(folder, f"bridge-{digest}.zip")
     if not os.path.exists(path):
         members = {name: text.encode() for name, text in sources.items()}
-        _write_file(path, _pack({**members, **_compile(python, sources)}), 0o644)
+        _write_file(path, _pack({**members, **_compile(python, sources, box or _unboxed)}), 0o644)
     return path
 
 
-def _compile(python: str, sources: dict[str, str]) -> dict[str, bytes]:
-    command = [python, "-I", "-S", "-B", "-c", _COMPILE, BUNDLE]
+def _unboxed(command: list[str]) -> AbstractContextManager[tuple[list[str], tuple[int, ...]]]:
+    return nullcontext((command, ()))
+
+
+def _compile(python: str, sources: dict[str, str], box: Box) -> dict[str, bytes]:
     text = json.dumps(sources)
-    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, env=OUTER_ENVIRONMENT, check=False)
+    with box([python, "-I", "-S", "-B", "-c", _COMPILE, BUNDLE]) as (command, fds):
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, timeout=60, env=OUTER_ENVIRONMENT, check=False, pass_fds=fds
+        )
     if done.returncode:
         log.warning("the bridge could not be compiled ahead of time, sandboxes will start slower: %s", done.stderr.strip()[-300:])
         return {}
@@ -102,10 +118,10 @@ def _pack(members: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def build_etc(folder: str) -> str:
-    """The path of the folder that becomes /etc, written when it is not there. Blocks."""
-    files = {name: text.encode() for name, text in ETC_FILES.items()} | _host_files()
-    folders = etc_folders()
+def build_etc(folder: str, root: str = "/") -> str:
+    """The path of the folder that becomes /etc, written when it is not there. `root` is where the programs come from. Blocks."""
+    files = {name: text.encode() for name, text in ETC_FILES.items()} | _copied_files(root)
+    folders = [name for _, name in etc_folders(root)]
     digest = _digest(repr((sorted(files.items()), folders, _ETC_LINKS)))
     path = os.path.join(folder, f"etc-{digest}")
     if os.path.isdir(path):
@@ -128,10 +144,10 @@ def build_etc(folder: str) -> str:
     return path
 
 
-def _host_files() -> dict[str, bytes]:
+def _copied_files(root: str) -> dict[str, bytes]:
     found = {}
     for name in _ETC_COPIES:
-        path = os.path.join("/etc", name)
+        path = resolve(root, f"/etc/{name}")
         if os.path.isfile(path) and os.stat(path).st_mode & 0o004:
             with open(path, "rb") as file:
                 found[name] = file.read()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ash import protocol
+from ash.isolation.outside import resolve
 from ash.isolation.records import Limits
 
 MIB = 1024 * 1024
@@ -32,6 +33,7 @@ OUTER_ENVIRONMENT = {"PATH": ENVIRONMENT["PATH"], "LANG": "C.UTF-8"}
 """All that bwrap itself starts with: /proc/1/environ inside shows it, whatever --clearenv does for the child."""
 
 _USR_NAMES = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+_OWN_NAMES = {"agent", "boot", "dev", "etc", "home", "lost+found", "media", "mnt", "opt", "proc", "root", "run", "sys", "tmp", "workspace"}
 _ETC_FOLDERS = ("alternatives", "ssl/certs", "pki/tls/certs", "pki/ca-trust", "ca-certificates")
 MEMORY_FLOOR_MB = 256
 """Least data limit of a single process: below it a few threads' stacks alone would not fit."""
@@ -51,26 +53,38 @@ class System(NamedTuple):
 
     usr: tuple[str, ...]
     etc: str
-    etc_folders: tuple[str, ...]
+    etc_folders: tuple[tuple[str, str], ...]
+    """Sources, and their names below /etc."""
     prefix: tuple[str, str] | None
     """Source and place inside of an interpreter that is not under /usr."""
+    mounts: tuple[tuple[str, str], ...] = ()
+    """Sources and places inside of what the operator shows."""
 
 
 def usr_arguments(root: str = "/") -> tuple[str, ...]:
     """/usr, and the folders that a merged-/usr system links into it, or holds itself when it is not merged."""
-    arguments = ["--ro-bind", "/usr", "/usr"]
-    for name in _USR_NAMES:
-        path = os.path.join(root, name)
-        if os.path.islink(path):
-            arguments += ["--symlink", os.readlink(path), f"/{name}"]
-        elif os.path.isdir(path):
-            arguments += ["--ro-bind", f"/{name}", f"/{name}"]
-    return tuple(arguments)
+    return (*_show(root, "usr", root), *(word for name in _USR_NAMES for word in _show(root, name, root)))
 
 
-def etc_folders(root: str = "/etc") -> tuple[str, ...]:
-    """Folders of the host's /etc that hold nothing private and that programs need."""
-    return tuple(name for name in _ETC_FOLDERS if os.path.isdir(os.path.join(root, name)))
+def rootfs_arguments(root: str, source: str) -> tuple[str, ...]:
+    """All of a root file system but the places that a sandbox has of its own. `source` is where a sandbox's uid reaches `root`."""
+    names = sorted(set(os.listdir(root)) - _OWN_NAMES)
+    opt = os.path.join(root, "opt")
+    inner = sorted(set(os.listdir(opt)) - {"ash"}) if os.path.isdir(opt) and not os.path.islink(opt) else []
+    return tuple(word for name in (*names, *(f"opt/{name}" for name in inner)) for word in _show(root, name, source))
+
+
+def _show(root: str, name: str, source: str) -> list[str]:
+    path = os.path.join(root, name)
+    if os.path.islink(path):
+        return ["--symlink", os.readlink(path), f"/{name}"]
+    return ["--ro-bind", os.path.join(source, name), f"/{name}"] if os.path.isdir(path) else []
+
+
+def etc_folders(root: str = "/") -> tuple[tuple[str, str], ...]:
+    """Folders of an /etc that hold nothing private and that programs need: where they lie, and their names below /etc."""
+    found = ((resolve(root, f"/etc/{name}"), name) for name in _ETC_FOLDERS)
+    return tuple((path, name) for path, name in found if os.path.isdir(path))
 
 
 def namespace_arguments() -> list[str]:
@@ -85,9 +99,11 @@ def root_arguments(system: System, tmp_bytes: int) -> list[str]:
     arguments = [*system.usr, "--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys", "--dev", "/dev"]
     arguments += ["--perms", "1777", "--size", str(tmp_bytes), "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
     arguments += ["--perms", "1777", "--size", str(tmp_bytes), "--tmpfs", "/tmp", "--ro-bind", system.etc, "/etc"]
-    for name in system.etc_folders:
-        arguments += ["--ro-bind", f"/etc/{name}", f"/etc/{name}"]
-    return arguments + (["--ro-bind", *system.prefix] if system.prefix else [])
+    for source, name in system.etc_folders:
+        arguments += ["--ro-bind", source, f"/etc/{name}"]
+    for shown in (*([system.prefix] if system.prefix else []), *system.mounts):
+        arguments += ["--ro-bind", *shown]
+    return arguments
 
 
 def session_arguments(mounts: Mounts, bundle: str) -> list[str]:

@@ -146,6 +146,11 @@ class Uids:
         with self._lock:
             self._used.add(uid)
 
+    def share(self, id: str, uid: int) -> None:
+        """A second sandbox for the same folder, of which only one will stay."""
+        with self._lock:
+            self._held[id] = uid
+
     def let_go(self, id: str) -> None:
         """The sandbox is gone; its uid stays that of its folder."""
         with self._lock:
@@ -271,6 +276,36 @@ def _walk(top: int) -> Iterator[tuple[int, list[os.DirEntry[str]], str | None]]:
                 yield current, entries, None
     finally:
         os.close(current)
+
+
+def walk_states(path: str) -> Iterator[os.stat_result]:
+    """The state of everything at and below a folder, each folder once; of links, their own. What cannot be read is left out."""
+    for folder, entries, left in _walk(_enter(path, None)):
+        if left is None:
+            yield os.fstat(folder)
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    if not entry.is_dir(follow_symlinks=False):
+                        yield entry.stat(follow_symlinks=False)
+
+
+def walk_open(path: str) -> Iterator[tuple[int, bool]]:
+    """Each folder and each regular file at and below a folder, opened for reading while it is looked at, and whether it is a folder."""
+    for folder, entries, left in _walk(_enter(path, None)):
+        if left is None:
+            yield folder, True
+            for entry in entries:
+                if entry.is_file(follow_symlinks=False) and (fd := _open_file(entry.name, folder)) is not None:
+                    try:
+                        yield fd, False
+                    finally:
+                        os.close(fd)
+
+
+def _open_file(name: str, folder: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    return None
 
 
 def _subfolders(entries: list[os.DirEntry[str]]) -> list[str]:

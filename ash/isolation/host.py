@@ -17,6 +17,21 @@ _INSTALL = {
     "opensuse": "zypper install -y bubblewrap",
     "nixos": "nix-env -iA nixos.bubblewrap",
 }
+_CONTAINER_PROC = "start a container with `--security-opt systempaths=unconfined`."
+_SAID = {
+    "Unknown option": "bubblewrap 0.8 or newer is needed.",
+    "max_user_namespaces: Read-only": f"/proc/sys is read-only: take ProtectKernelTunables= out of the systemd unit, or {_CONTAINER_PROC}",
+    "uid map: Read-only": f"/proc is read-only: take ReadOnlyPaths= for it out of the systemd unit, or {_CONTAINER_PROC}",
+    "Can't mount proc": "Something is mounted over a part of /proc: take ProtectKernelTunables=, ProtectKernelLogs= and whatever names "
+    f"a path below /proc out of the systemd unit, or {_CONTAINER_PROC}",
+    "overflowuid": "/proc shows processes only: take ProcSubset= out of the systemd unit.",
+    "Can't set hostname": "A filter refuses sethostname: take ProtectHostname= out of the systemd unit, and name sethostname in its "
+    "SystemCallFilter=.",
+    "NETLINK_ROUTE": "Netlink sockets are refused: name AF_NETLINK in RestrictAddressFamilies= of the systemd unit.",
+    "make / slave": "A filter refuses mounts: name @mount in SystemCallFilter= of the systemd unit.",
+}
+"""What bubblewrap says where a systemd unit or a container takes away what it needs, and what to change."""
+_KILLED = "A filter of system calls may have ended it: with SystemCallErrorNumber=EPERM in the systemd unit it says which call it was."
 _INSIST = "Or start the server with `--sandbox none`, which runs agents unprotected."
 
 
@@ -30,16 +45,19 @@ def install_command(os_release: str, *, is_root: bool) -> str:
     return f"run `{command if is_root else 'sudo ' + command}`"
 
 
+def install_hint() -> str:
+    return install_command(_read("/etc/os-release"), is_root=os.geteuid() == 0)
+
+
 def explain_missing() -> str:
-    how = install_command(_read("/etc/os-release"), is_root=os.geteuid() == 0)
-    return f"Agents cannot be isolated: bubblewrap is not installed. To install it, {how}. {_INSIST}"
+    return f"Agents cannot be isolated: bubblewrap is not installed. To install it, {install_hint()}. {_INSIST}"
 
 
 def explain_failure(output: str) -> str:
     """Why bubblewrap does not work here: the kernel setting that forbids it where one is found, and what it said."""
-    said = " ".join(output.split())[-400:].rstrip(".") or "it gave no reason"
-    cause = "bubblewrap 0.8 or newer is needed." if "Unknown option" in said else find_cause()
-    return f"Agents cannot be isolated: bubblewrap does not work here ({said}). {cause} {_INSIST}"
+    said = " ".join(output.split())[-400:].rstrip(".")
+    cause = next((cause for words, cause in _SAID.items() if words in said), find_cause() if said else _KILLED)
+    return f"Agents cannot be isolated: bubblewrap does not work here ({said or 'it gave no reason'}). {cause} {_INSIST}"
 
 
 def find_cause() -> str:
@@ -53,7 +71,10 @@ def find_cause() -> str:
     if os.path.exists("/.dockerenv") or os.path.exists("/run/.containerenv"):
         options = " ".join(f"--security-opt {name}=unconfined" for name in ("seccomp", "apparmor", "systempaths"))
         return f"In a container, start it with `{options} --cap-add SYS_ADMIN`."
-    return "Check that user namespaces work: run `unshare --user --map-root-user true`."
+    return (
+        "Check that user namespaces work: run `unshare --user --map-root-user true`; "
+        "RestrictNamespaces= and SystemCallFilter= of a systemd unit can forbid them."
+    )
 
 
 def _read(path: str) -> str:

@@ -16,10 +16,11 @@ from typing import NamedTuple
 from ash.errors import ConfigError, SandboxFailed
 from ash.isolation.bwrap import OUTER_ENVIRONMENT
 from ash.isolation.launch import run
+from ash.isolation.outside import is_inside, is_program, resolve
 
 MINIMUM = (3, 10)
 DESCRIBE = (
-    "import json, sys, importlib.util as u; executable = getattr(sys, '_base_executable', sys.executable); "
+    "import json, os, sys, importlib.util as u; executable = os.path.realpath(getattr(sys, '_base_executable', sys.executable)); "
     "print(json.dumps([list(sys.version_info[:3]), sys.base_prefix, executable, u.MAGIC_NUMBER.hex()]))"
 )
 
@@ -37,11 +38,17 @@ class Interpreter(NamedTuple):
     """Says for which byte code it is; two interpreters with one magic can share compiled files."""
 
 
-def candidates() -> list[str]:
-    """Interpreters worth a try, best first. Those of the system come before our own, which may lie in somebody's home."""
-    versioned = sorted(glob.glob("/usr/bin/python3.[0-9][0-9]"), key=lambda path: -int(path.rpartition(".")[2]))
-    found = ["/usr/bin/python3", "/usr/local/bin/python3", *versioned, sys.executable]
-    return [path for path in dict.fromkeys(found) if path and os.access(path, os.X_OK)]
+def candidates(rootfs: str = "") -> list[str]:
+    """Interpreters worth a try, best first. Those of the system come before our own, which may lie in somebody's home.
+
+    In a root file system only its own count; the paths are as seen inside.
+    """
+    names = (os.path.basename(path) for path in glob.glob(f"{glob.escape(rootfs)}/usr/bin/python3.[0-9][0-9]"))
+    versioned = [f"/usr/bin/{name}" for name in sorted(names, key=lambda name: -int(name.rpartition(".")[2]))]
+    found = ["/usr/bin/python3", "/usr/local/bin/python3", *versioned]
+    if rootfs:
+        return [path for path in found if is_program(resolve(rootfs, path))]
+    return [path for path in dict.fromkeys([*found, sys.executable]) if path and os.access(path, os.X_OK)]
 
 
 def describe_arguments(python: str) -> list[str]:
@@ -54,8 +61,7 @@ def parse_description(output: str) -> Interpreter:
     text = ".".join(str(part) for part in version)
     if tuple(version[:2]) < MINIMUM:
         raise ConfigError(f"Python {text} is too old for a sandbox; {MINIMUM[0]}.{MINIMUM[1]} or newer is needed")
-    real = os.path.realpath(executable)
-    return Interpreter(real, None if is_in_usr(prefix) and is_in_usr(real) else os.path.realpath(prefix), text, magic)
+    return Interpreter(executable, None if is_in_usr(prefix) and is_in_usr(executable) else os.path.realpath(prefix), text, magic)
 
 
 def is_in_usr(path: str) -> bool:
@@ -68,16 +74,12 @@ def check_prefix(prefix: str, data_dir: str) -> None:
         return
     homes = {os.path.realpath(home) for home in (os.path.expanduser("~"), *(entry.pw_dir for entry in pwd.getpwall()))}
     private = {os.path.join(home, name) for home in homes for name in PRIVATE_FOLDERS} | homes
-    found = sorted(path for path in (os.path.realpath(data_dir), *private) if _holds(os.path.realpath(prefix), path))
+    found = sorted(path for path in (os.path.realpath(data_dir), *private) if is_inside(path, os.path.realpath(prefix)))
     if found:
         raise ConfigError(
             f"its prefix {prefix} would be shown to every sandbox, and {found[0]} is in it; "
             "give a Python with a folder of its own, such as one under /usr or /opt, or one that pyenv or uv has installed"
         )
-
-
-def _holds(folder: str, path: str) -> bool:
-    return folder == "/" or path == folder or path.startswith(folder + "/")
 
 
 async def describe(path: str) -> Interpreter:

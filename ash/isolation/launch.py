@@ -13,11 +13,15 @@ import os
 import select
 import signal
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import IO, Any
 
 from ash.errors import SandboxFailed
 from ash.isolation import cgroup as cgroups
+
+GONE_TIMEOUT = 10.0
+"""Seconds that a killed process gets to be gone; one that hangs in the kernel takes longer."""
 
 
 class Process:
@@ -25,7 +29,7 @@ class Process:
 
     def __init__(self, popen: subprocess.Popen[bytes], pid: int, cgroup: str | None, *, has_namespace: bool) -> None:
         self.pid, self.cgroup = pid, cgroup
-        self._popen, self._has_namespace = popen, has_namespace
+        self._popen, self.has_namespace = popen, has_namespace
         self._pidfd = os.pidfd_open(pid)
         self.start_time = find_start_time(pid) or 0
         self._monitor = popen.pid
@@ -45,7 +49,7 @@ class Process:
 
     def terminate(self) -> None:
         """Ask the bridge to end. The namespace's first process would ignore it, so it goes to that one's children."""
-        for pid in find_children(self.pid) if self._has_namespace else [self.pid]:
+        for pid in find_children(self.pid) if self.has_namespace else [self.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
@@ -55,7 +59,7 @@ class Process:
             return
         if self.cgroup is not None:
             cgroups.kill(self.cgroup)
-        if not self._has_namespace and find_start_time(self.pid) in (None, self.start_time):
+        if not self.has_namespace and find_start_time(self.pid) in (None, self.start_time):
             kill_group(self.pid)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
@@ -79,27 +83,43 @@ def spawn(argv: Sequence[str], environment: dict[str, str], fds: Iterable[int], 
     )  # fmt: skip
 
 
-async def find_init(info_fd: int) -> int:
-    """The pid that bubblewrap reports on its info pipe; takes over the pipe. Raises SandboxFailed when it ends without."""
+async def find_init(pipe: IO[bytes]) -> int:
+    """The pid that bubblewrap reports on its info pipe; closes the pipe. Raises SandboxFailed when it ends without."""
     try:
-        info = await _read_pipe(info_fd)
+        info = await _read_pipe(pipe)
         return int(json.loads(info)["child-pid"])
     except (ValueError, KeyError, TypeError) as error:
         raise SandboxFailed("the sandbox could not be set up") from error
 
 
-def abandon(popen: subprocess.Popen[bytes]) -> None:
-    """End a start that went wrong before it was known which process is which. Waits for the one we started."""
-    family = [popen.pid, *find_descendants(popen.pid)]
-    for pid in reversed(family):
+def abandon(popen: subprocess.Popen[bytes], cgroup: str | None = None) -> None:
+    """End a start that went wrong before it was known which process is which, and wait for the one we started. Blocks."""
+    if cgroup is not None:
+        cgroups.kill(cgroup)
+    _freeze(popen)
+    for pid in reversed([popen.pid, *find_descendants(popen.pid)]):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    popen.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        popen.wait(timeout=GONE_TIMEOUT)
 
 
-async def _read_pipe(fd: int) -> bytes:
+def _freeze(popen: subprocess.Popen[bytes], patience: float = 0.5) -> None:
+    """Stop a process, so that it has no child that is not seen. Its children may live in a pid namespace that outlives it."""
+    with contextlib.suppress(ProcessLookupError):
+        popen.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + patience
+    while _state(popen.pid) not in ("T", "Z", "X", "") and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def _state(pid: int) -> str:
+    return next(iter(read_stat(pid)), "")
+
+
+async def _read_pipe(pipe: IO[bytes]) -> bytes:
     reader = asyncio.StreamReader()
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb", 0))
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
     try:
         return await reader.read()
     finally:
@@ -146,11 +166,11 @@ def describe_exit(code: int) -> str:
 
 def find_start_time(pid: int) -> int | None:
     """Field 22 of /proc/<pid>/stat, which tells a process from a later one with its pid."""
-    fields = _stat_fields(pid)
+    fields = read_stat(pid)
     return int(fields[19]) if fields and fields[0] not in ("Z", "X") else None
 
 
-def _stat_fields(pid: int) -> list[str]:
+def read_stat(pid: int) -> list[str]:
     """The fields behind the command's name, which itself may hold anything."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
         return file.read().rpartition(")")[2].split()
@@ -167,7 +187,7 @@ def find_descendants(pid: int) -> list[int]:
     """Every process below `pid`, parents first."""
     parents: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
-        fields = _stat_fields(int(name)) if name.isdigit() else []
+        fields = read_stat(int(name)) if name.isdigit() else []
         if fields:
             parents.setdefault(int(fields[1]), []).append(int(name))
     found = list(parents.get(pid, []))
@@ -216,11 +236,20 @@ def _is_group_leader(pid: int) -> bool:
     return False
 
 
-async def run(argv: Sequence[str], environment: dict[str, str], timeout: float) -> tuple[int, str, str]:
+def memory_file(content: bytes) -> IO[bytes]:
+    """A file without a name, to hand to a program by its descriptor. Each start needs one of its own: readers share the position."""
+    file = os.fdopen(os.memfd_create("ash"), "w+b", 0)
+    file.write(content)
+    file.seek(0)
+    return file
+
+
+async def run(argv: Sequence[str], environment: dict[str, str], timeout: float, fds: Iterable[int] = ()) -> tuple[int, str, str]:
     """Run a short probe to its end: status, output, errors. Raises SandboxFailed when it takes too long."""
     process: Any = await asyncio.create_subprocess_exec(
-        *argv, env=environment, cwd="/", stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
+        *argv, env=environment, cwd="/", pass_fds=tuple(fds),
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
     try:
         async with asyncio.timeout(timeout):
             output, errors = await process.communicate()

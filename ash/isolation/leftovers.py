@@ -1,6 +1,7 @@
 """What a killed server left behind: finding its sandboxes again, ending them, removing their folders and cgroups.
 
-Never ends a process that is not, by pid and start time, the one that was written down, nor one whose server still lives.
+Never ends a process that is not, by pid and start time, the one that was written down, or that holds a sandbox's own socket, nor one
+whose server still lives.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ash.isolation import bundle, folders, launch
@@ -19,13 +20,31 @@ from ash.isolation.folders import Folders
 from ash.models import SandboxHandle
 
 HANDLE_FILE = "handle.json"
+BRIDGE_SOCKET = "bridge.sock"
+
+
+OWNED = {
+    "processes": "the monitor, the namespace's first process, the bridge, its tools",
+    "cgroup": "one folder in cgroup v2, where there is one",
+    "sockets": "bridge.sock, gateway.sock and egress.sock, in the run folder",
+    "run folder": "run/<id>",
+    "slot": "sessions/.slots/<id>, until a session has claimed it",
+    "uid": "held by the id while it starts or runs; it stays the owner of a session's folder",
+    "descriptors": "of the server: pidfd, link, log, the pipes of the start",
+    "tasks": "of the server: the sandbox's life, its connection, its exit",
+    "registrations": "what `on_open` has opened, at the gateway and the egress proxy",
+}
+"""All that one sandbox has on a host besides its session's folder. Its mounts are in no namespace but its own and end with it.
+tests/integration/test_lifecycle.py looks for each of them."""
 
 
 def write_handle(handle: SandboxHandle) -> None:
-    """Beside the sockets, for the next server: warm sandboxes stand in no session's record."""
+    """Beside the sockets, for the next server: warm sandboxes stand in no session's record. There is always a whole one."""
     content = {**handle._asdict(), "server": [os.getpid(), launch.find_start_time(os.getpid())]}
-    with open(os.path.join(handle.run_dir, HANDLE_FILE), "w", encoding="utf-8") as file:
+    path = os.path.join(handle.run_dir, HANDLE_FILE)
+    with open(path + ".new", "w", encoding="utf-8") as file:
         json.dump(content, file)
+    os.replace(path + ".new", path)
 
 
 def read_handles(run: str) -> dict[str, tuple[SandboxHandle, bool]]:
@@ -55,25 +74,61 @@ async def reap(
         if is_owned:
             spared.add(id)
     left = [handle for id, handle in found.items() if id not in own_ids() | spared]
-    ended = await asyncio.gather(*(launch.end_leftover(handle.pid, handle.start_time, _group(handle, tree)) for handle in left))
-    await asyncio.to_thread(_sweep, places, tree, shared, lambda: own_ids() | spared)
+    groups = {handle.id: cgroups.find_recorded(handle, cgroups.tag_of(places.data)) for handle in left}
+    ended = await asyncio.gather(*(launch.end_leftover(handle.pid, handle.start_time, groups[handle.id]) for handle in left))
+    unseen = await asyncio.to_thread(_find_holders, places, lambda: own_ids() | spared)
+    await asyncio.gather(*(launch.end_leftover(pid, start_time, None) for pid, start_time in unseen))
+    recorded = [(id, path) for id, path in groups.items() if path is not None]
+    await asyncio.to_thread(_sweep, places, tree, recorded, shared, lambda: own_ids() | spared)
     return sum(ended)
 
 
-def _group(handle: SandboxHandle, tree: CgroupTree | None) -> str | None:
-    return handle.cgroup if tree is not None and handle.cgroup is not None and tree.owns(handle.cgroup) else None
+def _find_holders(places: Folders, keep_ids: Callable[[], set[str]]) -> list[tuple[int, int]]:
+    """Processes that hold the bridge's socket of a run folder that is nobody's: started by a server that died before it wrote down which.
+
+    Only the server binds that socket and only that sandbox inherits it, so no other process can be among them. Blocks.
+    """
+    ids = {os.path.basename(path) for path in folders.subfolders(places.run)}
+    ids -= keep_ids()
+    links = {f"socket:[{inode}]" for id, inode in _bound_sockets() if id in ids}
+    found = []
+    for name in os.listdir("/proc") if links else ():
+        if name.isdigit() and links & _open_files(name):
+            found.append((int(name), launch.find_start_time(int(name)) or 0))
+    return found
 
 
-def _sweep(places: Folders, tree: CgroupTree | None, shared: set[str], keep_ids: Callable[[], set[str]]) -> None:
+def _bound_sockets() -> Iterator[tuple[str, str]]:
+    """(sandbox id, inode) of every bridge's socket that somebody holds."""
+    with contextlib.suppress(OSError), open("/proc/net/unix", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            fields = line.split(maxsplit=7)
+            if len(fields) == 8 and fields[7].rstrip().endswith("/" + BRIDGE_SOCKET):
+                yield os.path.basename(os.path.dirname(fields[7].rstrip())), fields[6]
+
+
+def _open_files(pid: str) -> set[str]:
+    """What a process has open, as far as it can be seen."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                found.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return found
+
+
+def _sweep(
+    places: Folders, tree: CgroupTree | None, recorded: Iterable[tuple[str, str]], shared: set[str], keep_ids: Callable[[], set[str]]
+) -> None:
     """Looks first and asks afterwards whose it is, so that what begins meanwhile is safe. Blocks."""
     paths = [path for folder in (places.run, places.slots) for path in folders.subfolders(folder)]
-    groups = list(tree.leftovers()) if tree is not None else []
+    groups = [*recorded, *(tree.leftovers() if tree is not None else ())]
     keep = keep_ids()
     for path in paths:
         if os.path.basename(path) not in keep and not bundle.is_shared(path):
             folders.remove_tree(path)
-    for path in groups:
-        if os.path.basename(path).removeprefix(cgroups.PREFIX) not in keep:
+    for id, path in groups:
+        if id not in keep:
             cgroups.kill(path)
             cgroups.remove(path)
     if shared:

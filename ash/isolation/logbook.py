@@ -27,7 +27,11 @@ class Logbook:
         flags = os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         self.output = os.open(path, os.O_WRONLY | flags, 0o600)
         """For the child to write to; it gets no descriptor to read with."""
-        self._input = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            self._input = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            os.close(self.output)
+            raise
         self._offset = os.fstat(self._input).st_size
 
     def system(self, text: str) -> None:

@@ -22,7 +22,10 @@ PLACES = ("/mnt", "/media", "/srv", "/opt", "/tmp")
 _PREPARE = """set -e
 place=$1; shift
 mount -t tmpfs -o mode=0755,size=64k,nosuid,nodev,noexec ash-stage "$place"
-while [ $# -gt 0 ]; do mkdir "$place/$1"; mount --rbind "$2" "$place/$1"; shift 2; done
+while [ $# -gt 0 ]; do
+if [ -d "$2" ]; then mkdir "$place/$1"; else : > "$place/$1"; fi
+mount --rbind "$2" "$place/$1"; shift 2
+done
 echo ready
 read -r _ || :
 """
@@ -75,7 +78,7 @@ def pick_place(sources: Sequence[str], places: Sequence[str] = PLACES) -> str:
 
 
 async def open_stage(sources: Mapping[str, str]) -> Stage:
-    """Make the namespace with each of `sources` (name: host folder) in it. Raises SandboxFailed with the reason."""
+    """Make the namespace with each of `sources` (name: host folder or file) in it. Raises SandboxFailed with the reason."""
     for program in ("unshare", "nsenter", "mount"):
         if shutil.which(program) is None:
             raise SandboxFailed(f"`{program}` is missing; install the package util-linux")
@@ -87,14 +90,12 @@ async def open_stage(sources: Mapping[str, str]) -> Stage:
     )  # fmt: skip
     assert process.stdin is not None
     assert process.stdout is not None
-    assert process.stdin is not None
     fd = -1
     try:
         async with asyncio.timeout(10):
             if await process.stdout.readline() == b"ready\n":
                 fd = os.open(f"/proc/{process.pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
             process.stdin.close()  # it may go; `communicate` does this by itself only from 3.12 on
-            process.stdin.close()
             _, error = await process.communicate()
     except TimeoutError as error_:
         process.kill()

@@ -9,10 +9,10 @@ import asyncio
 import json
 import json.scanner
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -27,6 +27,8 @@ LARGE_BYTES = 256 * 1024
 """From here on a body is no longer read in the loop: up to here the worst takes some ten milliseconds."""
 _PART_BYTES = 32
 """What a part takes in memory at least, on top of its own text."""
+
+T = TypeVar("T")
 
 
 class Lease:
@@ -84,7 +86,7 @@ class Intake:
     async def parse(self, sandbox_id: str, body: bytes, lease: Lease) -> Any:
         """The body's JSON. Raises ValueError or RecursionError for what is none, ModelRefused for what has too many parts."""
         if len(body) <= LARGE_BYTES:
-            return json.loads(body)
+            return json.loads(body, object_pairs_hook=_unique)
         async with self._one_at_a_time(sandbox_id):
             loop = asyncio.get_running_loop()
             parts = await loop.run_in_executor(self._threads, count_parts, body)
@@ -93,6 +95,12 @@ class Intake:
                 raise ModelRefused(text, status=400, kind="invalid_request_error")
             lease.take(parts * _PART_BYTES)
             return await loop.run_in_executor(self._threads, parse_fairly, body)
+
+    async def examine(self, size: int, function: Callable[[Any], T], value: Any) -> T:
+        """`function` of what was parsed from a body of `size` bytes; of a large one apart from the loop."""
+        if size <= LARGE_BYTES:
+            return function(value)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, value)
 
     @asynccontextmanager
     async def _one_at_a_time(self, sandbox_id: str) -> AsyncIterator[None]:
@@ -106,12 +114,20 @@ class Intake:
         self._locks.pop(sandbox_id, None)
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a key that is there twice the provider may take the one that was not looked at here."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
 def count_parts(body: bytes) -> int:
     return sum(body.count(mark) for mark in (b"[", b"{", b","))
 
 
 def parse_fairly(body: bytes) -> Any:
     """Like json.loads, but other threads get their turn in between: the parser in C keeps them all waiting to its end."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_unique)
     decoder.scan_once = json.scanner.py_make_scanner(decoder)  # type: ignore[attr-defined]  # only the stubs lack it
     return decoder.decode(body.decode(json.detect_encoding(body), "surrogatepass"))

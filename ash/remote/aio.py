@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from ash.errors import Unauthorized
+from ash.errors import Overloaded, Unauthorized
 from ash.remote.calls import Call
 from ash.remote.folder import Upload
 from ash.remote.http1 import BrokenResponse, CannotConnect, Head, NothingFollows, ResponseParser
-from ash.remote.server import Server, answer, with_stored_key
+from ash.remote.server import Server, answer, pause_before_retry, with_stored_key
 
 T = TypeVar("T")
+R = TypeVar("R")
 _RECEIVE = 64 * 1024
 
 
@@ -86,10 +89,19 @@ def _cause(error: OSError) -> OSError:
 
 async def exchange(server: Server, call: Call[T]) -> T:
     """Send `call` and read its answer. Raises OSError for the connection, AshError for what the server answers."""
-    try:
-        return await _exchange(server, call)
-    except Unauthorized as refused:
-        return await _exchange(with_stored_key(server, refused), call)
+    return await _politely(_exchange, server, call)
+
+
+async def _politely(send: Callable[[Server, Call[T]], Awaitable[R]], server: Server, call: Call[T]) -> R:
+    """Once more with a key if the server asks for one, and a few times when it says that it is overloaded, after the time it asks for."""
+    for attempt in itertools.count():
+        try:
+            return await send(server, call)
+        except Unauthorized as refused:
+            server = with_stored_key(server, refused)
+        except Overloaded as refused:
+            await asyncio.sleep(pause_before_retry(refused, attempt))
+    raise AssertionError("a count without end has ended")
 
 
 async def _exchange(server: Server, call: Call[T]) -> T:
@@ -105,10 +117,7 @@ async def _exchange(server: Server, call: Call[T]) -> T:
 
 async def open_stream(server: Server, call: Call[None]) -> AsyncConnection:
     """The connection of an event stream, at the first byte of its body."""
-    try:
-        return await _open_stream(server, call)
-    except Unauthorized as refused:
-        return await _open_stream(with_stored_key(server, refused), call)
+    return await _politely(_open_stream, server, call)
 
 
 async def _open_stream(server: Server, call: Call[None]) -> AsyncConnection:

@@ -9,7 +9,20 @@ from typing import Any, Generic, NamedTuple, TypedDict, TypeVar, Unpack
 from ash.errors import InvalidRequest
 from ash.remote import records
 from ash.remote.folder import Progress, Upload, scan
-from ash.remote.records import Agent, ApiKey, ExecResult, Health, Json, LogLine, Message, Session, SessionEvent, SessionList, read
+from ash.remote.records import (
+    Agent,
+    ApiKey,
+    Credential,
+    ExecResult,
+    Health,
+    Json,
+    LogLine,
+    Message,
+    Session,
+    SessionEvent,
+    SessionList,
+    read,
+)
 
 T = TypeVar("T")
 Content = str | list[Any]
@@ -39,6 +52,7 @@ class SessionOptions(TypedDict, total=False):
     disallowed_tools: list[str] | None
     mcp_servers: Json | None
     extra_env: dict[str, str] | None
+    limits: dict[str, float] | None
     betas: list[str] | None
     subagents: Json | None
     initial_agent: str | None
@@ -56,6 +70,17 @@ class ConfigOptions(TypedDict, total=False):
     betas: list[str] | None
     subagents: Json | None
     initial_agent: str | None
+
+
+class CredentialOptions(TypedDict, total=False):
+    """Where a credential is put in, and for whom; `docs/credentials.md` says more."""
+
+    label: str | None
+    agent: str | None
+    host: str | None
+    header: str | None
+    template: str | None
+    variable: str | None
 
 
 class MessageOptions(TypedDict, total=False):
@@ -122,6 +147,10 @@ def health() -> Call[Health]:
     return Call("GET", "/health", lambda raw: read(Health, raw))
 
 
+def policy() -> Call[Json]:
+    return Call("GET", "/api/policy", lambda raw: raw if isinstance(raw, dict) else {})
+
+
 def deploy_agent(
     name: str, path: str, *, env: dict[str, str] | None = None, config: Json | None = None, on_progress: Progress | None = None
 ) -> Call[Agent]:
@@ -152,6 +181,8 @@ _as_session = _in("session", Session)
 
 
 def create_session(agent: str, **options: Unpack[SessionOptions]) -> Call[Session]:
+    if (limits := options.get("limits")) is not None:
+        options["limits"] = {records.camel(name): value for name, value in limits.items()}
     return Call("POST", "/api/sessions", _as_session, _json({"agent": agent, **_body(SessionOptions, options)}))
 
 
@@ -257,3 +288,19 @@ def create_api_key(label: str | None = None) -> Call[ApiKey]:
 
 def delete_api_key(id: str) -> Call[None]:
     return Call("DELETE", _path("api-keys", id), _nothing)
+
+
+# Credentials
+
+
+def store_credential(type: str, key: str, **options: Unpack[CredentialOptions]) -> Call[Credential]:
+    body = {"type": type, "key": key, **_body(CredentialOptions, options)}
+    return Call("POST", "/api/credentials", _in("credential", Credential), _json(body))
+
+
+def list_credentials() -> Call[list[Credential]]:
+    return Call("GET", "/api/credentials", lambda raw: [read(Credential, row) for row in _rows(raw, "credentials")])
+
+
+def delete_credential(id: str) -> Call[None]:
+    return Call("DELETE", _path("credentials", id), _nothing)

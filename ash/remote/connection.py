@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from ash.errors import Unauthorized
+from ash.errors import Overloaded, Unauthorized
 from ash.remote.calls import Call
 from ash.remote.folder import Upload
 from ash.remote.http1 import BrokenResponse, CannotConnect, Head, NothingFollows, ResponseParser
-from ash.remote.server import Server, answer, with_stored_key
+from ash.remote.server import Server, answer, pause_before_retry, with_stored_key
 
 T = TypeVar("T")
+R = TypeVar("R")
 _RECEIVE = 64 * 1024
 
 
@@ -88,10 +92,19 @@ def _secured(server: Server, plain: socket.socket) -> socket.socket:
 
 def exchange(server: Server, call: Call[T]) -> T:
     """Send `call` and read its answer. Raises OSError for the connection, AshError for what the server answers."""
-    try:
-        return _exchange(server, call)
-    except Unauthorized as refused:
-        return _exchange(with_stored_key(server, refused), call)
+    return _politely(_exchange, server, call)
+
+
+def _politely(send: Callable[[Server, Call[T]], R], server: Server, call: Call[T]) -> R:
+    """Once more with a key if the server asks for one, and a few times when it says that it is overloaded, after the time it asks for."""
+    for attempt in itertools.count():
+        try:
+            return send(server, call)
+        except Unauthorized as refused:
+            server = with_stored_key(server, refused)
+        except Overloaded as refused:
+            time.sleep(pause_before_retry(refused, attempt))
+    raise AssertionError("a count without end has ended")
 
 
 def _exchange(server: Server, call: Call[T]) -> T:
@@ -108,10 +121,7 @@ def _exchange(server: Server, call: Call[T]) -> T:
 
 def open_stream(server: Server, call: Call[None]) -> Connection:
     """The connection of an event stream, at the first byte of its body."""
-    try:
-        return _open_stream(server, call)
-    except Unauthorized as refused:
-        return _open_stream(with_stored_key(server, refused), call)
+    return _politely(_open_stream, server, call)
 
 
 def _open_stream(server: Server, call: Call[None]) -> Connection:

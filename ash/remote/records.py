@@ -63,6 +63,7 @@ class Session(NamedTuple):
     agent_version: int | None = None
     model: str | None = None
     config: Json = _NOTHING
+    limits: Json = _NOTHING
     sandbox_id: str = ""
     parent_session_id: str | None = None
     turn: Json | None = None
@@ -150,6 +151,25 @@ class ApiKey(NamedTuple):
 
     def __repr__(self) -> str:
         return _show(self._replace(key="***" if self.key else ""))
+
+
+class Credential(NamedTuple):
+    """A stored secret, without it. `host` and what follows are of those that are put in at egress."""
+
+    id: str
+    type: str
+    label: str = ""
+    agent: str | None = None
+    host: str | None = None
+    header: str | None = None
+    template: str | None = None
+    variable: str | None = None
+    created_at: str = ""
+    last_used_at: str | None = None
+    raw: Json = _NOTHING
+
+    def __repr__(self) -> str:
+        return _show(self)
 
 
 class Health(NamedTuple):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ash import __version__
-from ash.errors import AshError, ConnectionFailed, Forbidden, InvalidRequest, RateLimited, Timeout, Unauthorized, error_for
+from ash.errors import AshError, ConnectionFailed, Forbidden, InvalidRequest, Overloaded, RateLimited, Timeout, Unauthorized, error_for
 from ash.remote.calls import Call
 from ash.remote.folder import Upload
 from ash.remote.http1 import BrokenResponse, Head, request_head
 
 if TYPE_CHECKING:
     import ssl
+
+_RETRIES = 3
+_LONGEST_PAUSE = 15.0
 
 
 class Server(NamedTuple):
@@ -102,6 +106,15 @@ def with_stored_key(server: Server, refused: Unauthorized) -> Server:
     return server._replace(api_key=server.stored_key)
 
 
+def pause_before_retry(refused: Overloaded, attempt: int) -> float:
+    """How long to wait before the same request is sent again: the server refused it before it had done anything. Raises `refused` when
+    it was sent often enough or the server asks for more patience than a caller has.
+    """
+    if attempt >= _RETRIES or refused.retry_after > _LONGEST_PAUSE:
+        raise refused
+    return refused.retry_after * (1 + os.urandom(1)[0] / 512)
+
+
 def refusal(call: Call[Any], head: Head, body: bytes) -> AshError:
     """The error for an answer that is not a success."""
     try:
@@ -116,8 +129,11 @@ def refusal(call: Call[Any], head: Head, body: bytes) -> AshError:
     code = answer.get("code")
     error = error_for(head.status, code if isinstance(code, str) else None, message)
     hint = answer.get("hint")
-    if isinstance(error, RateLimited) and head.headers.get("retry-after"):
-        hint = f"try again in {head.headers['retry-after']} s"
+    after = head.headers.get("retry-after", "")
+    if isinstance(error, RateLimited) and after:
+        hint = f"try again in {after} s"
+    if isinstance(error, Overloaded):
+        error.retry_after = float(after) if after.isdecimal() else 1.0
     error.hint = hint if isinstance(hint, str) else ""
     return error
 

@@ -15,7 +15,7 @@ from ash.errors import Forbidden, InvalidRequest
 from ash.models import Json
 from ash.routes import fields
 from ash.routes.parts import parts
-from ash.routes.requests import MIB, read_json, tenant
+from ash.routes.requests import MIB, read_json, require_deployer, tenant
 
 _FILE = fields.record({"path": fields.text(4096, 1), "content": fields.text(2**31)}, required=("path", "content"))
 _DEPLOY: fields.Table = {
@@ -30,6 +30,7 @@ _DEPLOY: fields.Table = {
 
 async def deploy(request: web.Request) -> web.Response:
     here = parts(request)
+    require_deployer(request, here.policies.current)
     body = fields.parse(await read_json(request, here.config.max_body_mb * MIB), _DEPLOY, required=("name",))
     path, encoded = body.get("path"), body.get("files")
     if path is not None and not request.app[GUARD].is_direct(request):
@@ -37,6 +38,7 @@ async def deploy(request: web.Request) -> web.Response:
             "A `path` names a folder that the server reads with its own rights, so it is only taken from the server's own user or root, "
             "on its machine and without a proxy; send the files instead"
         )
+    here.sessions.check_agent_limits(tenant(request), body["name"], body.get("config") or {})
     files = None if encoded is None else await asyncio.to_thread(_decode, encoded)
     agent = await here.agents.deploy(
         tenant(request), body["name"], files=files, path=path,
@@ -68,6 +70,7 @@ async def get(request: web.Request) -> web.Response:
 
 
 async def delete(request: web.Request) -> web.Response:
+    require_deployer(request, parts(request).policies.current)
     await parts(request).agents.delete(tenant(request), request.match_info["name"])
     return web.json_response({"ok": True})
 

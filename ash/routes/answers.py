@@ -6,13 +6,14 @@ An error tells its caller what to do differently and nothing about this machine:
 from __future__ import annotations
 
 import logging
+import math
 import uuid
 from typing import Any
 
 from aiohttp import web
 
 from ash.auth import Handler
-from ash.errors import AshError
+from ash.errors import AshError, Overloaded
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,10 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except AshError as error:
         if error.status >= 500:
             log.warning("%s %s: %s", request.method, request.path, error.message)
-        return error_answer(error.status, error.code, error.message, error.hint)
+        answer = error_answer(error.status, error.code, error.message, error.hint)
+        if isinstance(error, Overloaded):
+            answer.headers["Retry-After"] = str(math.ceil(error.retry_after))
+        return answer
     except web.HTTPException as error:
         return _http_answer(request, error)
     except Exception:  # noqa: BLE001 - the request's edge: whatever it was, its caller gets an answer and the log the details

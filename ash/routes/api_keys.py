@@ -5,13 +5,14 @@ from __future__ import annotations
 from aiohttp import web
 
 from ash import dialect
+from ash.keys import STATIC_KEY_ID
 from ash.models import DEFAULT_TENANT, Json
 from ash.routes import fields
 from ash.routes.parts import parts
 from ash.routes.requests import read_json, tenant
 
 _CREATE: fields.Table = {"label": fields.text(255)}
-_STATIC_KEY: Json = {"id": "env", "label": "ASH_API_KEY (environment variable)", "keyPrefix": "••••••••", "createdAt": ""}
+_STATIC_KEY: Json = {"id": STATIC_KEY_ID, "label": "ASH_API_KEY (environment variable)", "keyPrefix": "••••••••", "createdAt": ""}
 
 
 async def create(request: web.Request) -> web.Response:

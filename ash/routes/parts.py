@@ -9,12 +9,16 @@ from aiohttp import web
 if TYPE_CHECKING:
     from ash.agents import Agents
     from ash.config import Config
+    from ash.credentials import Credentials
+    from ash.egress import Egress
     from ash.events import EventLog
     from ash.gateway import Gateway
     from ash.keys import Keys
+    from ash.policy import Policies
     from ash.sandbox import Sandboxes
     from ash.sessions import Sessions
     from ash.store import Store
+    from ash.workspaces import Workspaces
 
 
 class Parts(NamedTuple):
@@ -24,8 +28,12 @@ class Parts(NamedTuple):
     keys: Keys
     agents: Agents
     gateway: Gateway
+    egress: Egress
     sandboxes: Sandboxes
     sessions: Sessions
+    workspaces: Workspaces
+    policies: Policies
+    credentials: Credentials
     started: float
     """time.monotonic() of the start."""
 

@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 
 from aiohttp import web
 
-from ash.auth import TENANT
-from ash.errors import InvalidRequest, PayloadTooLarge
+from ash.auth import GUARD, KEY_ID, TENANT
+from ash.errors import Forbidden, InvalidRequest, PayloadTooLarge
+from ash.policy import Policy
 from ash.routes import fields
 
 MIB = 1024 * 1024
@@ -28,6 +29,15 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 def tenant(request: web.Request) -> str:
     return request[TENANT]
+
+
+def require_deployer(request: web.Request, policy: Policy) -> None:
+    """Raise Forbidden for a caller whom the operator does not let deploy."""
+    if not policy.deploy.allows(request[KEY_ID], is_local=request.app[GUARD].is_direct(request)):
+        who = f"with the API key {request[KEY_ID]}" if request[KEY_ID] else "without a key"
+        raise Forbidden(
+            f"Who calls {who} may not deploy or delete agents here: `allow` under [deploy] in the operator's policy names others"
+        )
 
 
 def session_id(request: web.Request) -> str:

@@ -42,6 +42,7 @@ _CREATE: fields.Table = {
     "agent": fields.text(255, 1),
     "credentialId": fields.text(255),
     "extraEnv": fields.mapping_of(fields.text(100_000)),
+    "limits": fields.mapping,
     "mcpServers": fields.mapping_of(_mcp_server),
 }
 _LIST: fields.Table = {
@@ -62,7 +63,7 @@ _LOGS: fields.Table = {"after": fields.query_integer(-1)}
 
 
 def _wire(here: Parts, session: Session) -> Json:
-    return dialect.session(session, **here.sessions.live(session.id))
+    return dialect.session(session, limits=here.sessions.limits_of(session), **here.sessions.live(session.id))
 
 
 def _answer(here: Parts, session: Session, status: int = 200) -> web.Response:
@@ -86,7 +87,9 @@ async def list_sessions(request: web.Request) -> web.Response:
 
 async def get(request: web.Request) -> web.Response:
     here = parts(request)
-    return _answer(here, await here.sessions.get(tenant(request), session_id(request)))
+    session = await here.sessions.get(tenant(request), session_id(request))
+    resources = await here.sessions.resources(session.id)
+    return web.json_response({"session": {**_wire(here, session), "resources": resources}})
 
 
 async def update_config(request: web.Request) -> web.Response:

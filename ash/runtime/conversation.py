@@ -11,6 +11,8 @@ from ash.runtime.permissions import PLAN, Permissions
 from ash.runtime.prompt import system_prompt
 from ash.runtime.settings import read_settings
 from ash.runtime.tools import TOOLS, Workbench
+from ash.runtime.tools.bash import bash_tool
+from ash.runtime.tools.call import TOOL_TIMEOUT
 from ash.runtime.transcript import repair
 
 Json = dict[str, Any]
@@ -26,7 +28,8 @@ class Conversation:
         self.options = options
         self.session_id = str(agent.get("sessionId") or "")
         self.settings = read_settings(paths.agent)
-        self.bench = Workbench(paths, tool_environ(paths, self.settings.env, _strings(options.get("env"))))
+        env = tool_environ(paths, self.settings.env, _strings(options.get("env")))
+        self.bench = Workbench(paths, env, _seconds(options.get("toolTimeout")))
         self.transcript = repair(transcript)
         self._system = system_prompt(options.get("systemPrompt"), paths, time.strftime("%Y-%m-%d"))
 
@@ -49,7 +52,12 @@ class Conversation:
         return [*self._system, _PLAN_NOTE] if permissions.mode == PLAN else self._system
 
     def tools(self, permissions: Permissions) -> list[Json]:
-        return [tool.offer() for tool in TOOLS.values() if permissions.offers(tool.name)]
+        tools = {**TOOLS, "Bash": bash_tool(self.bench.tool_timeout)}
+        return [tool.offer() for tool in tools.values() if permissions.offers(tool.name)]
+
+
+def _seconds(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else TOOL_TIMEOUT
 
 
 def _strings(value: Any) -> dict[str, str]:

@@ -12,6 +12,8 @@ _INHERITED = ("PATH", "LANG", "LC_ALL", "TZ", "USER", "LOGNAME", "TMPDIR")
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _SHELLS = ("/bin/bash", "/usr/bin/bash", "/bin/sh")
 _RESERVED = ("ANTHROPIC_", "CLAUDE_CODE_")
+_PROXIED = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+_NOT_PROXIED = "localhost,127.0.0.1,::1"
 
 
 class Paths(NamedTuple):
@@ -21,6 +23,8 @@ class Paths(NamedTuple):
     workspace: str = protocol.WORKSPACE_DIR
     home: str = protocol.HOME_DIR
     gateway: str = protocol.GATEWAY_SOCKET
+    proxy: str = ""
+    """The URL of the egress relay; empty without one."""
 
     def resolve(self, path: str) -> str:
         """An absolute path without `.` and `..`; what is relative starts at the workspace, `~` is the agent's home."""
@@ -43,6 +47,15 @@ def tool_environ(paths: Paths, agent_env: Mapping[str, str], session_env: Mappin
     env.setdefault("PATH", _DEFAULT_PATH)
     env.setdefault("LANG", "C.UTF-8")
     env.update(HOME=paths.home, SHELL=find_shell(), PWD=paths.workspace, TERM="dumb")
+    env.update(_proxy_environ(paths.proxy))
     env.update({name: value for name, value in agent_env.items() if not name.startswith(_RESERVED)})
     env.update(session_env)
     return env
+
+
+def _proxy_environ(url: str) -> dict[str, str]:
+    """Programs look for either spelling. Node heeds none of them unless it is told to, and only from version 22 on."""
+    if not url:
+        return {}
+    names = {**dict.fromkeys(_PROXIED, url), "NO_PROXY": _NOT_PROXIED}
+    return {**names, **{name.lower(): value for name, value in names.items()}, "NODE_USE_ENV_PROXY": "1"}

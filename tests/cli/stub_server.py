@@ -54,6 +54,7 @@ class StubServer(ThreadingHTTPServer):
         self.provider = "anthropic"
         self.requests: list[tuple[str, str, Json, dict[str, str]]] = []
         self.agents: dict[str, Json] = {}
+        self.credentials: dict[str, Json] = {}
         self.sessions: dict[str, Json] = {}
         self.logs: dict[str, Script] = {}
         self.exec_result: Json = {"exitCode": 0, "stdout": "", "stderr": "", "timedOut": False, "truncated": False}
@@ -216,6 +217,19 @@ class Handler(BaseHTTPRequestHandler):
 
     def delete_api_keys_one(self, _id: str, _body: Json) -> None:
         self.answer({"ok": True})
+
+    def post_credentials(self, body: Json) -> None:
+        made = {"id": str(uuid.uuid4()), "active": True, "createdAt": "", **{key: body[key] for key in body if key != "key"}}
+        self.server.credentials[made["id"]] = made
+        self.answer({"credential": made}, 201)
+
+    def get_credentials(self, _body: Json) -> None:
+        self.answer({"credentials": list(self.server.credentials.values())})
+
+    def delete_credentials_one(self, id: str, _body: Json) -> None:
+        if self.server.credentials.pop(id, None) is None:
+            return self.answer({"error": "Credential not found", "statusCode": 404, "code": "credential_not_found"}, 404)
+        return self.answer({"ok": True})
 
     # Streams
 

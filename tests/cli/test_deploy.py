@@ -61,3 +61,15 @@ def test_a_folder_without_instructions_is_refused(ash: Ash, stub: StubServer, tm
     assert done.code == 1
     assert "CLAUDE.md" in done.err
     assert stub.requests == []
+
+
+def test_limits_become_the_agents_configuration(ash: Ash, stub: StubServer, agent_folder: Path) -> None:
+    ash("deploy", str(agent_folder))
+    assert "config" not in stub.posts("/api/agents")[-1], "without any the agent keeps those it has"
+    ash("deploy", str(agent_folder), "--limit", "memory_mb=512", "--limit", "turn-timeout=2.5", "--limit", "diskMb=7")
+    assert stub.posts("/api/agents")[-1]["config"] == {"limits": {"memoryMb": 512, "turnTimeout": 2.5, "diskMb": 7}}
+
+
+@pytest.mark.parametrize("wrong", ["memory_mb", "memory_mb=lots", "=5", "memory_mb=nan"])
+def test_a_limit_that_is_none_is_a_usage_error(ash: Ash, agent_folder: Path, wrong: str) -> None:
+    assert ash("deploy", str(agent_folder), "--limit", wrong).code == 2

@@ -125,3 +125,8 @@ def test_status_of_a_data_folder_tells_of_no_other_server(ash: Ash, tmp_path: Pa
     done = ash("status", "--data-dir", str(tmp_path))
     assert (done.code, done.out.startswith(f"No server runs on {tmp_path}.")) == (1, True)
     assert json.loads(ash("status", "--data-dir", str(tmp_path), "--json").out) == {"running": False, "dataDir": str(tmp_path)}
+
+
+def test_create_takes_limits(ash: Ash, stub: StubServer) -> None:
+    ash("session", "create", "my-agent", "--limit", "memory_mb=512", "--limit", "turn_timeout=1.5")
+    assert stub.posts("/api/sessions")[-1]["limits"] == {"memoryMb": 512, "turnTimeout": 1.5}

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import platform
 import subprocess
 import sys
 
 import pytest
 
-from ash.isolation.keyring import KEYCTL
 from tests.integration import battlefield
-from tests.integration.attacks import commands
 
-ATTACK = commands(keyctl=KEYCTL.get(platform.machine(), -1), key_name=battlefield.KEY_NAME)["find a key in the server's session keyring"]
+PROBE = battlefield.ATTACKS["find a key in the server's session keyring"]
+ATTACK = PROBE.fill({"python": sys.executable, "key_name": battlefield.KEY_NAME})
 SCRIPT = """
 import subprocess, sys
 sys.path.insert(0, sys.argv[1])
 from ash.isolation.keyring import leave_session_keyring
 from tests.integration.battlefield import plant_key
 planted = plant_key()
-before = subprocess.run(sys.argv[2], shell=True).returncode
+before = subprocess.run(sys.argv[2], shell=True, stdout=subprocess.DEVNULL).returncode
 problem = leave_session_keyring()
-after = subprocess.run(sys.argv[2], shell=True).returncode
+after = subprocess.run(sys.argv[2], shell=True, stdout=subprocess.DEVNULL).returncode
 print(planted, before, after, problem)
 """
 

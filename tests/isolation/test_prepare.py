@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,19 @@ def test_the_zip_holds_the_bridge_and_nothing_of_the_server(tmp_path: Path) -> N
     assert names == {"__init__", "errors", "protocol", "sse", "bridge", "runtime"}
 
 
+def test_the_interpreter_that_compiles_runs_in_its_box(tmp_path: Path) -> None:
+    boxed: list[list[str]] = []
+
+    @contextlib.contextmanager
+    def box(command: list[str]) -> Iterator[tuple[list[str], tuple[int, ...]]]:
+        boxed.append(command)
+        yield [sys.executable, *command[1:]], ()
+
+    path = bundle.build_bridge(str(tmp_path), "/nowhere/python3", "v", {"ash/bridge.py": "x = 1\n"}, box)
+    assert [command[0] for command in boxed] == ["/nowhere/python3"]
+    assert zipfile.ZipFile(path).namelist() == ["ash/bridge.py", "ash/bridge.pyc"]
+
+
 def test_a_failed_compilation_leaves_the_sources(tmp_path: Path) -> None:
     path = bundle.build_bridge(str(tmp_path), "/bin/false", "v", {"ash/bridge.py": "x = 1\n"})
     assert zipfile.ZipFile(path).namelist() == ["ash/bridge.py"]
@@ -177,6 +192,22 @@ def test_an_ordinary_user_is_told_to_use_sudo() -> None:
 def test_a_failure_repeats_what_bubblewrap_said() -> None:
     assert "setting up uid map: Permission denied" in host.explain_failure("bwrap: setting up uid map: Permission denied\n")
     assert "0.8 or newer" in host.explain_failure("bwrap: Unknown option --disable-userns\n")
+
+
+@pytest.mark.parametrize(
+    ("said", "directive"),
+    [
+        ("bwrap: cannot open /proc/sys/user/max_user_namespaces: Read-only file system", "ProtectKernelTunables="),
+        ("bwrap: Can't mount proc on /newroot/proc: Operation not permitted", "ProtectKernelLogs="),
+        ("bwrap: Can't read /proc/sys/kernel/overflowuid: No such file or directory", "ProcSubset="),
+        ("bwrap: Can't set hostname to sandbox: Operation not permitted", "ProtectHostname="),
+        ("bwrap: loopback: Failed to create NETLINK_ROUTE socket: Address family not supported by protocol", "RestrictAddressFamilies="),
+        ("bwrap: Failed to make / slave: Operation not permitted", "@mount"),
+        ("", "SystemCallErrorNumber="),
+    ],
+)
+def test_a_directive_of_a_systemd_unit_that_stands_in_the_way_is_named(said: str, directive: str) -> None:
+    assert directive in host.explain_failure(said)
 
 
 @pytest.mark.parametrize(("release", "version"), [("6.18.44-fc", (6, 18)), ("5.14.0", (5, 14)), ("4.19", (4, 19)), ("odd", (0, 0))])

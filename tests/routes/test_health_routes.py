@@ -69,7 +69,28 @@ async def test_a_session_that_wakes_is_counted(server: Server) -> None:
     assert found['ash_resume_total{path="cold"}'] == found['ash_resume_cold_total{source="local"}'] == 1
 
 
+async def test_a_session_has_series_of_what_it_uses_while_it_has_a_sandbox(server: Server) -> None:
+    id, other = await server.session(), await server.session()
+    found = await metrics(server)
+    assert found[f'ash_session_memory_bytes{{session="{id}"}}'] == fakes.USAGE["memoryBytes"]
+    assert found["ash_sandboxes_memory_bytes"] == 2 * fakes.USAGE["memoryBytes"]
+    assert found['ash_pressure_percent{scope="host",resource="cpu",kind="some"}'] == 1.5
+    assert not any('resource="io"' in name for name in found)
+    for session in (id, other):
+        await server.call("POST", f"/api/sessions/{session}/stop")
+    assert not any(name.startswith("ash_session_") for name in await metrics(server))
+
+
+async def test_a_limit_that_a_session_met_is_counted(server: Server) -> None:
+    id = await server.session()
+    server.sandboxes.claimed[0].met = [{"limit": "processes", "message": "too many"}]
+    await server.frames(id)
+    found = await metrics(server)
+    assert (found['ash_limits_reached_total{limit="processes"}'], found['ash_limits_reached_total{limit="memory"}']) == (1, 0)
+
+
 async def test_every_metric_is_described_once(server: Server) -> None:
+    await server.session()
     async with server.http.get(server.url + "/metrics") as answer:
         lines = (await answer.text()).splitlines()
     described = [line.split()[2] for line in lines if line.startswith("# TYPE")]

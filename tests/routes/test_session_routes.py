@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -28,7 +29,7 @@ async def test_a_session_is_created_active_with_everything_typed_clients_need(se
     assert (made["status"], made["agentName"], made["model"], made["turn"]) == ("active", "helper", "m", None)
     assert made["config"] == {"allowedTools": ["Read"], "mcpServers": {"x": {"url": "http://x"}}}
     assert made["createdAt"].endswith("Z")
-    assert (await server.call("GET", f"/api/sessions/{made['id']}", expect=200))["session"].keys() == made.keys()
+    assert (await server.call("GET", f"/api/sessions/{made['id']}", expect=200))["session"].keys() == made.keys() | {"resources"}
 
 
 async def test_what_a_session_was_given_reaches_its_sandbox_and_secrets_stay_off_the_wire(server: Server) -> None:
@@ -189,3 +190,19 @@ async def test_the_logs_of_a_session_can_be_read_from_a_place_on(server: Server)
     assert [(line["index"], line["text"]) for line in answer["logs"]] == [(0, "one"), (1, "two")]
     assert [line["index"] for line in (await server.call("GET", f"/api/sessions/{id}/logs?after=0"))["logs"]] == [1]
     await server.call("GET", f"/api/sessions/{id}/logs?after=-2", expect=400)
+
+
+async def test_a_session_shows_what_it_uses_while_it_has_a_sandbox(server: Server) -> None:
+    id = await server.session()
+    assert (await server.call("GET", f"/api/sessions/{id}", expect=200))["session"]["resources"] == fakes.USAGE
+    assert "resources" not in (await server.call("GET", "/api/sessions", expect=200))["sessions"][0]
+    await server.call("POST", f"/api/sessions/{id}/stop", expect=200)
+    assert (await server.call("GET", f"/api/sessions/{id}", expect=200))["session"]["resources"] is None
+
+
+async def test_a_limit_that_was_met_is_on_the_timeline(server: Server) -> None:
+    id = await server.session()
+    server.sandboxes.claimed[0].met = [{"limit": "processes", "message": "more were refused"}]
+    await server.frames(id)
+    rows = (await server.call("GET", f"/api/sessions/{id}/events?type=lifecycle", expect=200))["events"]
+    assert {"action": "limit_reached", "limit": "processes", "message": "more were refused"} in [json.loads(row["data"]) for row in rows]

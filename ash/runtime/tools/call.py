@@ -10,6 +10,7 @@ from ash.runtime.paths import Paths
 from ash.runtime.shell import Shell
 
 Json = dict[str, Any]
+TOOL_TIMEOUT = 600.0
 
 
 class ToolError(Exception):
@@ -27,8 +28,10 @@ class Outcome(NamedTuple):
 class Workbench:
     """What the tools of one session share. Calls that run at the same time only read."""
 
-    def __init__(self, paths: Paths, env: dict[str, str]) -> None:
+    def __init__(self, paths: Paths, env: dict[str, str], tool_timeout: float = TOOL_TIMEOUT) -> None:
         self.paths = paths
+        self.tool_timeout = tool_timeout
+        """Seconds that one call may take. The server does not rely on it: it ends turns that take too long itself."""
         self.base_env = env
         self.shell = Shell(paths, env)
         self.seen: dict[str, tuple[int, int]] = {}

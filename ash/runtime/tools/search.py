@@ -128,7 +128,7 @@ def run_program(argv: list[str], bench: Workbench, interrupt: Interrupt, stdin: 
     """Run a program with the tools' environment for GREP_TIMEOUT at most. Raises Interrupted."""
     output, errors = Output(Room(_PROGRAM_OUTPUT)), Output(Room(65536))
     try:
-        ended = run(Process(argv, bench.env, output, errors, stdin=stdin), GREP_TIMEOUT, interrupt)
+        ended = run(Process(argv, bench.env, output, errors, stdin=stdin), min(GREP_TIMEOUT, bench.tool_timeout), interrupt)
     except OSError as error:
         raise ToolError(f"{argv[0]} could not be started: {error}") from error
     interrupt.check()
@@ -147,7 +147,8 @@ def _run_grep(bench: Workbench, given: Json, interrupt: Interrupt) -> Outcome:
     argv, stdin = (_ripgrep(program, given, mode, path), b"") if program else _worker(given, mode, path)
     result = run_program(argv, bench, interrupt, stdin)
     if result.timed_out:
-        raise ToolError(f"The search took longer than {GREP_TIMEOUT:g} s. Narrow it with path, glob or type, or use a simpler pattern.")
+        seconds = min(GREP_TIMEOUT, bench.tool_timeout)
+        raise ToolError(f"The search took longer than {seconds:g} s. Narrow it with path, glob or type, or use a simpler pattern.")
     if result.code not in (0, 1) and not result.text:
         raise ToolError(f"pattern: {result.errors.strip() or 'the search failed'}")
     lines = [line for line in result.text.split("\n") if line and (line == "--" or bench.can_read(line.partition("\0")[0]))]

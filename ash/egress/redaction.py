@@ -1,0 +1,78 @@
+"""Takes a secret out of what a host answers, byte stream or text, and leaves the length as it is. Pure.
+
+It stops a host that repeats what it was sent: plain, or as base64, URL, JSON or HTML write it. It cannot stop one that
+transforms the secret in any other way.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+from collections.abc import Iterable
+from urllib.parse import quote
+
+FILL = b"*"
+"""What stands in a secret's place. Not a letter of base64: what was a secret must not pass for one."""
+
+
+def needles(secret: str) -> set[bytes]:
+    """The forms in which a secret is looked for."""
+    plain = secret.encode()
+    forms = {plain, quote(secret, safe="").encode(), json.dumps(secret)[1:-1].encode(), html.escape(secret).encode()}
+    forms |= {core for before in range(3) for core in _base64_cores(plain, before)}
+    return {form for form in forms if form}
+
+
+def _base64_cores(secret: bytes, before: int) -> Iterable[bytes]:
+    """What is the same in every base64 text that holds the secret with `before` bytes (modulo 3) in front of it."""
+    encoded = base64.b64encode(bytes(before) + secret)
+    first = (before * 8 + 5) // 6
+    last = (before + len(secret)) * 8 // 6
+    core = encoded[first:last]
+    yield core
+    yield core.replace(b"+", b"-").replace(b"/", b"_")
+
+
+class Redactor:
+    """One stream. What might be the beginning of a secret is held back until it is known."""
+
+    def __init__(self, forms: Iterable[bytes]) -> None:
+        self._forms = sorted(forms, key=len, reverse=True)
+        self._pattern = re.compile(b"|".join(map(re.escape, self._forms))) if self._forms else None
+        self._longest = len(self._forms[0]) if self._forms else 0
+        self._held = b""
+
+    @property
+    def holds(self) -> bool:
+        return bool(self._held)
+
+    def feed(self, data: bytes) -> bytes:
+        text = self.redact(self._held + data)
+        cut = self._find_beginning(text)
+        self._held = text[cut:]
+        return text[:cut]
+
+    def flush(self) -> bytes:
+        """What was held back, at the end or when nothing more comes for now."""
+        held, self._held = self._held, b""
+        return held
+
+    def redact(self, data: bytes) -> bytes:
+        """One whole text."""
+        if self._pattern is None or not any(form in data for form in self._forms):  # many times as fast as the pattern
+            return data
+        return self._pattern.sub(lambda match: FILL * len(match.group()), data)
+
+    def _find_beginning(self, text: bytes) -> int:
+        """Where a secret may have begun whose rest is still to come; the text's length when nowhere."""
+        earliest = len(text)
+        for form in self._forms:
+            start = max(0, len(text) - len(form) + 1)
+            while (start := text.find(form[:1], start, earliest)) >= 0:
+                if form.startswith(text[start:]):
+                    earliest = start
+                    break
+                start += 1
+        return earliest

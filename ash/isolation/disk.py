@@ -1,0 +1,362 @@
+"""The disk quota of a running sandbox: what its files take is measured while it writes, and held.
+
+Where the kernel holds project quotas (`quota`), a write beyond the limit fails there. Elsewhere this watcher measures, again before the
+limit could be reached, and at the limit takes the right to write from every process inside until files have been removed. It reads and
+signals; it never deletes a file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from ash.isolation import folders, launch
+from ash.isolation.bwrap import OUTER_ENVIRONMENT
+from ash.isolation.quota import DiskUse, ProjectQuota, QuotaUnavailable, find_project_quota, set_project
+from ash.isolation.records import Limits
+
+log = logging.getLogger(__name__)
+
+PARTS = ("workspace", "home")
+"""What a session may write, below its folder."""
+FASTEST_BYTES, FASTEST_FILES = 1_000_000_000, 100_000
+"""What a sandbox is thought to write per second at most: a measurement comes before it could have used up what is left."""
+SHORTEST, LONGEST = 0.2, 10.0
+"""Seconds between two measurements."""
+PATIENCE = 20
+"""A measurement that takes long is repeated after this many times its own length: it must not cost more than a twentieth of a CPU."""
+BUSY = 0.02
+"""Seconds of CPU time since the last measurement below which nothing worth measuring can have been written."""
+RELEASE = 0.95
+"""Writing is allowed again below this part of the limit."""
+FULL = 0.995
+"""Part of a limit at which the kernel refuses ordinary writes: the last blocks are rarely used up exactly."""
+SLACK_BYTES = 16 << 20
+"""What a write that was under way may still add after the right to write was taken."""
+MAX_STRIKES = 4
+"""Measurements that may find more written than that, before the sandbox is ended; the tools are ended at each."""
+_ATTEMPTS = 5
+_HOST_DISK = "the server's disk is nearly full (min_free_disk_mb): nothing can be written until space is free again"
+_ROUNDS = 5
+_CAN_RAISE = 1 << 24  # CAP_SYS_RESOURCE
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Tree(NamedTuple):
+    """The processes of one sandbox: their first, on the host, and whether it is a pid namespace's, with the bridge below it."""
+
+    pid: int
+    has_namespace: bool
+
+
+def measure(folder: str) -> DiskUse:
+    """What a session's workspace and home take. Follows no link; a file with several names counts once. Blocks.
+
+    Raises OSError when a folder is moved meanwhile.
+    """
+    size = count = 0
+    shared: set[tuple[int, int]] = set()
+    for part in PARTS:
+        for state in folders.walk_states(os.path.join(folder, part)):
+            count += 1
+            if state.st_nlink > 1 and not stat.S_ISDIR(state.st_mode):
+                if (state.st_dev, state.st_ino) in shared:
+                    continue
+                shared.add((state.st_dev, state.st_ino))
+            size += state.st_blocks * 512
+    return DiskUse(size, count)
+
+
+def measure_moving(folder: str, tree: Tree, *, is_exact: bool = False) -> DiskUse:
+    """`measure`, for folders that may be moved about just to spoil it: then, or to be exact, the tools stand still meanwhile. Blocks."""
+    if not is_exact:
+        with contextlib.suppress(OSError):
+            return measure(folder)
+    signal_tools(tree, signal.SIGSTOP)
+    try:
+        for _ in range(_ATTEMPTS):  # a stop takes effect when its process next runs
+            with contextlib.suppress(OSError):
+                return measure(folder)
+            time.sleep(SHORTEST / 10)
+        return measure(folder)
+    finally:
+        signal_tools(tree, signal.SIGCONT)
+
+
+def measure_removed(pids: Iterable[int], folder: str) -> int:
+    """Bytes of files that have no name any more and live because a process holds them open. Blocks."""
+    try:
+        device = os.stat(folder).st_dev
+    except OSError:
+        return 0
+    found: dict[int, int] = {}
+    for pid in pids:
+        with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    state = os.stat(entry.path)
+                    if state.st_dev == device and state.st_nlink == 0 and stat.S_ISREG(state.st_mode):
+                        found[state.st_ino] = state.st_blocks * 512
+    return sum(found.values())
+
+
+def bind_folder(quota: ProjectQuota | None, folder: str, uid: int | None, limits: Limits) -> bool:
+    """Have the kernel hold the limits of a session's folder, if it can; the sandbox's own uid is its project id. Blocks."""
+    if quota is None or uid is None:
+        return False
+    try:
+        quota.limit(uid, limits.disk_mb, limits.max_files)
+        for part in PARTS:
+            _give_tree(os.path.join(folder, part), uid)
+    except OSError as error:
+        log.warning("the disk quota of %s is watched instead, as the kernel refused it: %s", folder, error.strerror)
+        return False
+    return True
+
+
+def _give_tree(path: str, id: int) -> None:
+    """Folders hand the id down to what is made in them; a tree from another time or server is walked through."""
+    for position, (fd, is_folder) in enumerate(folders.walk_open(path)):
+        if not set_project(fd, id, is_folder=is_folder) and position == 0:
+            return
+
+
+class Verdict(NamedTuple):
+    """What a measurement came to: the limit that was reached, in words, and whether that is news; `ends` when nothing else helps."""
+
+    limit: str
+    message: str
+    is_news: bool
+    ends: bool
+
+
+class Watcher:
+    """Holds one sandbox's limits for as long as `run` runs. `on_limit(limit, message)` is told each time that one is reached anew,
+    `end(reason)` when the sandbox goes on writing in spite of all. With `read_quota` the kernel holds the limits, and says what is used.
+    """
+
+    def __init__(
+        self, folder: Callable[[], str], tree: Tree, limits: Limits, *, min_free_mb: int,
+        on_limit: Callable[[str, str], None], end: Callable[[str], None], read_quota: Callable[[], DiskUse] | None = None,
+    ) -> None:  # fmt: skip
+        self._folder, self._tree, self._limits, self._min_free_mb = folder, tree, limits, min_free_mb
+        self._on_limit, self._end, self._read_quota = on_limit, end, read_quota
+        self.use = DiskUse(0, 0)
+        self.is_held = False
+        self._is_full = False
+        self._strikes = 0
+        self._cpu = -1.0
+
+    async def run(self) -> None:
+        while True:
+            started = time.monotonic()
+            try:
+                verdict = await asyncio.to_thread(self.check)
+            except OSError as error:
+                log.warning("the files of %s could not be measured: %s", self._folder(), error)
+            else:
+                self._report(verdict)
+            cost = time.monotonic() - started
+            await asyncio.sleep(max(self.interval(), SHORTEST if self.is_held else PATIENCE * cost))
+
+    def _report(self, verdict: Verdict | None) -> None:
+        if verdict is not None and verdict.is_news:
+            self._on_limit(verdict.limit, verdict.message)
+        if verdict is not None and verdict.ends:
+            self._end(f"{verdict.message}; it went on writing and was ended")
+
+    def interval(self) -> float:
+        """Seconds in which the limits cannot be reached from here."""
+        limits = self._limits
+        left = [LONGEST]
+        if limits.disk_mb:
+            left.append(((limits.disk_mb << 20) - self.use.bytes) / FASTEST_BYTES)
+        if limits.max_files:
+            left.append((limits.max_files - self.use.files) / FASTEST_FILES)
+        return max(SHORTEST, min(left))
+
+    def latest(self) -> DiskUse:
+        """What was last measured, or what the kernel says now. Blocks."""
+        return self._read_quota() if self._read_quota is not None else self.use
+
+    def check(self) -> Verdict | None:
+        """Measure, unless nothing can have changed, and do what follows from it. Blocks."""
+        if self._read_quota is not None:
+            return self._check_quota(self._read_quota())
+        pids = list(list_processes(self._tree.pid))
+        cpu = count_cpu_seconds(pids)
+        if not self.is_held and abs(cpu - self._cpu) < BUSY and not self._is_disk_short():
+            return None
+        self._cpu = cpu
+        folder = self._folder()
+        before, use = self.use, measure_moving(folder, self._tree, is_exact=self.is_held)
+        self.use = use._replace(bytes=use.bytes + measure_removed(pids, folder))
+        reached = self._find_reached()
+        if reached is not None:
+            return self._hold(*reached, before)
+        if self.is_held and self._part() < RELEASE:
+            self._release()
+        return None
+
+    def _check_quota(self, use: DiskUse) -> Verdict | None:
+        """The kernel refuses what goes beyond the quota; it knows nothing of the space that is kept free for the host."""
+        self.use = use
+        if self._is_disk_short():
+            return self._hold("host_disk", _HOST_DISK, use)
+        if self.is_held:
+            self._release()
+        was_full, self._is_full = self._is_full, self._part() >= FULL
+        reached = self._describe_nearest() if self._is_full and not was_full else None
+        return Verdict(*reached, is_news=True, ends=False) if reached is not None else None
+
+    def _hold(self, limit: str, message: str, before: DiskUse) -> Verdict:
+        is_news, self.is_held = not self.is_held, True
+        set_file_limit(self._tree.pid, 0)
+        has_grown = self.use.files > before.files or self.use.bytes > before.bytes + SLACK_BYTES
+        if not is_news and limit != "host_disk":
+            self._strikes += has_grown
+        if has_grown and (limit == "files" or not is_news):  # empty files are made in spite of it, and some may lift a soft limit
+            signal_tools(self._tree, signal.SIGKILL)
+        return Verdict(limit, message, is_news, self._strikes >= MAX_STRIKES)
+
+    def _part(self) -> float:
+        """How much of the limit that is nearest is used, as a fraction."""
+        limits = self._limits
+        disk = self.use.bytes / (limits.disk_mb << 20) if limits.disk_mb else 0.0
+        return max(disk, self.use.files / limits.max_files if limits.max_files else 0.0)
+
+    def _find_reached(self) -> tuple[str, str] | None:
+        if self._part() >= 1:
+            return self._describe_nearest()
+        return ("host_disk", _HOST_DISK) if self._is_disk_short() else None
+
+    def _describe_nearest(self) -> tuple[str, str]:
+        limits, use = self._limits, self.use
+        if limits.max_files and use.files >= limits.max_files * FULL:
+            return "files", f"the session has {use.files} files and its limit is {limits.max_files} (max_files): remove some"
+        return "disk", f"the session's files take {use.bytes >> 20} MiB and its limit is {limits.disk_mb} MiB (disk_mb): remove some"
+
+    def _is_disk_short(self) -> bool:
+        if not self._min_free_mb:
+            return False
+        state = os.statvfs(self._folder())
+        return state.f_bavail * state.f_frsize < self._min_free_mb << 20
+
+    def _release(self) -> None:
+        self.is_held, self._strikes = False, 0
+        set_file_limit(self._tree.pid, self._limits.max_file_mb << 20)
+
+
+def list_processes(pid: int) -> Iterator[int]:
+    """A process and all below it, parents first. Reads only their own entries in /proc."""
+    pending = [pid]
+    while pending:
+        yield (current := pending.pop())
+        with contextlib.suppress(OSError):
+            for thread in os.listdir(f"/proc/{current}/task"):
+                with contextlib.suppress(OSError), open(f"/proc/{current}/task/{thread}/children", encoding="ascii") as file:
+                    pending += [int(word) for word in file.read().split()]
+
+
+def count_cpu_seconds(pids: Iterable[int]) -> float:
+    """User and system time, with that of children that were waited for."""
+    total = 0
+    for pid in pids:
+        fields = launch.read_stat(pid)
+        total += sum(int(word) for word in fields[11:15])
+    return total / _TICKS
+
+
+def set_file_limit(pid: int, size: int) -> None:
+    """RLIMIT_FSIZE of a process and of all below it, those included that are made meanwhile. A write beyond it fails with EFBIG.
+
+    With CAP_SYS_RESOURCE the hard limit goes with it, so that nothing inside can lift it. Another server can lower the soft one only.
+    """
+    can_raise = _can_raise()
+    done: set[int] = set()
+    for _ in range(_ROUNDS):
+        fresh = [found for found in list_processes(pid) if found not in done]
+        refused = [found for found in fresh if not _set_one(found, size, can_raise)]
+        if refused:
+            _set_as_owner(refused, size)
+        if not fresh:
+            return
+        done.update(fresh)
+
+
+def _set_one(pid: int, size: int, can_raise: bool) -> bool:
+    """False when it takes the process's own uid to do this."""
+    try:
+        _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        allowed = size if can_raise or hard == resource.RLIM_INFINITY else min(size, hard)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (allowed, allowed if can_raise else hard))
+    except PermissionError:
+        return False
+    except OSError:
+        pass  # it has ended
+    return True
+
+
+def _set_as_owner(pids: list[int], size: int) -> None:
+    """Root without CAP_SYS_RESOURCE, as in a container, may not; whom the processes belong to may."""
+    by_owner: dict[int, list[str]] = {}
+    for pid in pids:
+        if (uid := _find_uid(pid)) is not None:
+            by_owner.setdefault(uid, []).append(str(pid))
+    for uid, owned in by_owner.items():
+        if uid:
+            command = ["/bin/sh", "-c", f'for pid; do prlimit --pid "$pid" --fsize={size}: 2>/dev/null; done', "sh", *owned]
+            subprocess.run(command, user=uid, group=uid, extra_groups=[], env=OUTER_ENVIRONMENT, cwd="/", timeout=10, check=False)
+
+
+def _find_uid(pid: int) -> int | None:
+    """From its status: the folder in /proc of a process that is not dumpable belongs to root."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+        return next((int(line.split()[1]) for line in file if line.startswith("Uid:")), None)
+    return None
+
+
+def _can_raise() -> bool:
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        line = next((line for line in file if line.startswith("CapEff:")), "CapEff: 0")
+    return bool(int(line.split()[1], 16) & _CAN_RAISE)
+
+
+def signal_tools(tree: Tree, number: signal.Signals) -> None:
+    """To everything inside but the bridge and the namespace's first process: a running tool is stopped or fails, the session lives."""
+    kept = {tree.pid}
+    if tree.has_namespace and (children := launch.find_children(tree.pid)):
+        kept.add(min(children, key=lambda pid: (launch.find_start_time(pid) or 0, pid)))
+    handles = {pid: handle for pid in list_processes(tree.pid) if pid not in kept and (handle := _open_process(pid)) is not None}
+    try:
+        # Listed again now that none of the handles can come to mean another process.
+        for pid in list_processes(tree.pid):
+            if pid in handles:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(handles[pid], number)
+    finally:
+        for handle in handles.values():
+            os.close(handle)
+
+
+def _open_process(pid: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return os.pidfd_open(pid)
+    return None
+
+
+def find_quota(folder: str) -> tuple[ProjectQuota | None, str]:
+    """The kernel's quota where it has one, and which way it is in words."""
+    try:
+        return find_project_quota(folder), "project quota"
+    except QuotaUnavailable as error:
+        return None, f"watched: {error}"
