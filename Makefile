@@ -8,7 +8,7 @@ PYZ := dist/ash.pyz
 SOURCES := $(shell find ash ash_ai bootstrap -name '*.py' -o -name '*.sql' -o -name '*.html' -o -name '*.css' -o -name '*.js') \
 	build_pyz.py requirements.lock
 
-.PHONY: demo test pyz lint fmt bench lock clean
+.PHONY: demo test test-vm pyz lint fmt bench lock clean
 
 demo: $(VENV)/ready pyz  ## build the file, deploy an example, watch an agent use a tool in its sandbox (no API key needed)
 	@sh tools/setup.sh bubblewrap
@@ -18,6 +18,9 @@ test: $(VENV)/ready lint pyz  ## everything CI runs
 	@sh tools/setup.sh bubblewrap
 	@sh tools/setup.sh curl
 	$(PY) -m pytest
+
+test-vm: $(VENV)/ready pyz  ## the same file as a service on a real machine: Debian in an emulator, built once (root; 10 to 20 minutes)
+	$(PY) -m tools.vm.run --file $(PYZ)
 
 pyz: $(PYZ)  ## dist/ash.pyz
 

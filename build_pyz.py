@@ -29,7 +29,7 @@ PYTHONS = ("311", "312", "313", "314")
 MACHINES = ("x86_64", "aarch64")
 MANYLINUX = ("manylinux_2_28", "manylinux_2_17", "manylinux2014", "manylinux_2_12", "manylinux_2_5", "manylinux1")
 
-# What the server itself imports; everything else is only for Bedrock and Vertex and is unpacked when one of them is used.
+# What the server itself imports; everything else is only for Bedrock and Vertex, or for credentials, and is unpacked when it is used.
 CORE = {
     "aiohappyeyeballs",
     "aiohttp",
@@ -37,12 +37,15 @@ CORE = {
     "aiosqlite",
     "attrs",
     "frozenlist",
+    "h11",
     "idna",
     "multidict",
     "propcache",
     "typing-extensions",
     "yarl",
 }
+CRYPTO = {"cffi", "cryptography"}
+GROUPS = ("core", "crypto", "models")
 UNUSED = {"pycparser"}  # cffi's compiler; cryptography needs only _cffi_backend
 UNUSED_FILES = re.compile(r"cffi/|[^/]+\.data/|charset_normalizer/\w+\.[\w-]+\.so$|multidict/_testcapi\.")
 AS_FOLDERS = ("botocore/", "certifi/")
@@ -267,10 +270,8 @@ def build(output: Path, root: Path, cache: Path) -> dict[str, int]:
         "ash": {"names": [], "needs_compiled": False, "digest": digest(unpack, *map(repr_bytes, own.items())), "payloads": {}}
     }
     packed: dict[str, bytes] = {}
-    for group in ("core", "models"):
-        chosen = {
-            target: [wheel for wheel in files if (_name(wheel.name) in CORE) == (group == "core")] for target, files in wheels.items()
-        }
+    for group in GROUPS:
+        chosen = {target: [wheel for wheel in files if _group(wheel) == group] for target, files in wheels.items()}
         parts = payloads(chosen)
         with ThreadPoolExecutor() as pool:  # lzma leaves the interpreter free
             contents = list(pool.map(lambda part: pack(part, cache), parts))
@@ -279,7 +280,7 @@ def build(output: Path, root: Path, cache: Path) -> dict[str, int]:
         names = top_level([name for part in parts for name in part.files])
         groups[group] = {
             "names": names,
-            "needs_compiled": group == "models",
+            "needs_compiled": group != "core",
             "digest": digest(unpack, *(value.encode() for value in digests.values())),
             "payloads": digests,
         }
@@ -287,6 +288,11 @@ def build(output: Path, root: Path, cache: Path) -> dict[str, int]:
     files = {**bootstrap, "_ash/table.py": table(groups, glibc), **own, **sources(root, "ash_ai"), **packed}
     write(output, files)
     return {name: len(content) for name, content in packed.items()} | {"Ash itself": sum(map(len, own.values()))}
+
+
+def _group(wheel: Path) -> str:
+    name = _name(wheel.name)
+    return "core" if name in CORE else "crypto" if name in CRYPTO else "models"
 
 
 def repr_bytes(item: tuple[str, bytes]) -> bytes:

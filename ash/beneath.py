@@ -35,6 +35,7 @@ def open_file(folder: int, path: str) -> int:
 
     Opening neither waits for the other end of a FIFO nor does anything to a device.
     """
+    # A lease that its owner holds on the file would make the server wait, too; so it is an error: EAGAIN.
     fd = open_beneath(folder, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -61,14 +62,19 @@ def has_openat2() -> bool:
     return True
 
 
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def _open_at_once(folder: int, path: str, flags: int, mode: int) -> int:
     how = _HOW.pack(flags, mode if flags & os.O_CREAT else 0, _RESOLVE)
     name = os.fsencode(path)
     if b"\0" in name:
         raise ValueError("embedded null byte")
-    libc, code = ctypes.CDLL(None, use_errno=True), 0
+    code = 0
     for _ in range(_AGAIN):
-        fd: int = libc.syscall(ctypes.c_long(_OPENAT2), ctypes.c_int(folder), ctypes.c_char_p(name), how, ctypes.c_size_t(len(how)))
+        fd: int = _libc().syscall(ctypes.c_long(_OPENAT2), ctypes.c_int(folder), ctypes.c_char_p(name), how, ctypes.c_size_t(len(how)))
         code = ctypes.get_errno()
         if fd >= 0:
             return fd
@@ -89,9 +95,13 @@ def _open_by_steps(folder: int, path: str, flags: int, mode: int) -> int:
             current = inner
             if os.fstat(current).st_dev != device:
                 raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path)
-        return os.open(steps[-1] if steps else ".", flags, mode, dir_fd=current)
+        found = os.open(steps[-1] if steps else ".", flags, mode, dir_fd=current)
     finally:
         os.close(current)
+    if os.fstat(found).st_dev != device:
+        os.close(found)
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path)
+    return found
 
 
 @contextlib.contextmanager

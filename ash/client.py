@@ -26,6 +26,8 @@ from ash.remote.records import (
     Message,
     Session,
     SessionEvent,
+    SessionFile,
+    SessionFiles,
     SessionList,
     TurnResult,
 )
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Agent", "ApiKey", "AshClient", "AshError", "AsyncAshClient", "AsyncEventStream", "ConfigOptions", "ConnectionFailed", "Credential",
     "CredentialOptions", "Event", "EventData", "EventStream", "ExecResult", "Health", "LogLine", "Message", "MessageOptions", "Session",
-    "SessionEvent", "SessionList", "SessionOptions", "TurnFailed", "TurnResult", "agent_name",
+    "SessionEvent", "SessionFile", "SessionFiles", "SessionList", "SessionOptions", "TurnFailed", "TurnResult", "agent_name",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -198,6 +200,21 @@ class AshClient(_Configured):
     def session_logs(self, session_id: str, *, after: int | None = None) -> list[LogLine]:
         return self._run(calls.session_logs(session_id, after=after))
 
+    def list_session_files(self, session_id: str, *, hidden: bool = True) -> SessionFiles:
+        """The files of the workspace, without `node_modules`, `.git` and `__pycache__`; unless `hidden`, without caches either."""
+        return self._run(calls.list_session_files(session_id, hidden=hidden))
+
+    def read_session_file(self, session_id: str, path: str) -> bytes:
+        return self._run(calls.read_session_file(session_id, path))
+
+    def download_workspace(self, session_id: str) -> bytes:
+        """The whole workspace as a tar.gz archive. Links are left out."""
+        return self._run(calls.download_workspace(session_id))
+
+    def upload_workspace(self, session_id: str, archive: bytes) -> int:
+        """Put the files of a tar archive, gzipped or not, into the workspace, in place of those of the same name; returns their number."""
+        return self._run(calls.upload_workspace(session_id, archive))
+
     def list_api_keys(self) -> list[ApiKey]:
         return self._run(calls.list_api_keys())
 
@@ -337,6 +354,18 @@ class AsyncAshClient(_Configured):
 
     async def session_logs(self, session_id: str, *, after: int | None = None) -> list[LogLine]:
         return await self._run(calls.session_logs(session_id, after=after))
+
+    async def list_session_files(self, session_id: str, *, hidden: bool = True) -> SessionFiles:
+        return await self._run(calls.list_session_files(session_id, hidden=hidden))
+
+    async def read_session_file(self, session_id: str, path: str) -> bytes:
+        return await self._run(calls.read_session_file(session_id, path))
+
+    async def download_workspace(self, session_id: str) -> bytes:
+        return await self._run(calls.download_workspace(session_id))
+
+    async def upload_workspace(self, session_id: str, archive: bytes) -> int:
+        return await self._run(calls.upload_workspace(session_id, archive))
 
     async def list_api_keys(self) -> list[ApiKey]:
         return await self._run(calls.list_api_keys())

@@ -7,7 +7,6 @@ log. The library that seals is loaded on first need, in a thread.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import json
 import logging
@@ -145,13 +144,13 @@ class Credentials:
         key = await self._master_key(create=False)
         opened = await asyncio.to_thread(lambda: [(credential, _unseal(key, credential, sealed)) for credential, sealed in found])
         await self._store.touch_credentials([credential.id for credential, _ in found])
-        return self._sorted(session, key, opened)
+        return self._sorted(key, opened)
 
-    def _sorted(self, session: Session, key: bytes, opened: Pairs) -> Opened:
+    def _sorted(self, key: bytes, opened: Pairs) -> Opened:
         bound = tuple(
             BoundCredential(
                 credential.id, credential.host, credential.header or "", credential.template,
-                _placeholder(key, session.id, credential.id), credential.variable, secret, self._revoked(credential.id),
+                _placeholder(key, credential), credential.variable, secret, self._revoked(credential.id),
             )
             for credential, secret in opened if credential.host is not None
         )  # fmt: skip
@@ -254,10 +253,10 @@ def _cipher(key: bytes) -> Any:
     return AESGCM(_derive(key, "ash credential seal 1"))
 
 
-def _placeholder(key: bytes, session_id: str, credential_id: str) -> str:
-    """The same whenever the session wakes: the conversation and the workspace may have kept it."""
-    text = f"{session_id}/{credential_id}"
-    return "ash-placeholder-" + hmac.digest(_derive(key, "ash placeholder 1"), text.encode(), hashlib.sha256).hex()[:32]
+def _placeholder(key: bytes, credential: Credential) -> str:
+    """The same in every session, fork and successor: workspaces keep it, as in the URL of a clone. It opens nothing by itself."""
+    text = json.dumps([credential.tenant_id, credential.host, (credential.header or "").lower()])
+    return "ash-placeholder-" + hmac.digest(_derive(key, "ash placeholder 1"), text.encode(), "sha256").hex()[:32]
 
 
 # What may be stored and used

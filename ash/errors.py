@@ -13,6 +13,7 @@ AshError
 │   └── TurnRunning              one turn at a time per session
 ├── SessionEnded            410
 ├── PayloadTooLarge         413
+├── RangeNotSatisfiable     416
 ├── AgentUnusable           422  the agent folder is missing or broken
 ├── CredentialUnusable      422  a stored credential cannot be opened, or not be used for this
 ├── RateLimited             429
@@ -100,6 +101,10 @@ class SessionEnded(AshError):
 
 class PayloadTooLarge(AshError):
     code, status = "payload_too_large", 413
+
+
+class RangeNotSatisfiable(AshError):
+    code, status = "range_not_satisfiable", 416
 
 
 class AgentUnusable(AshError):

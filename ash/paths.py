@@ -20,16 +20,10 @@ def clean_path(path: str, where: str = "files") -> str:
 
 
 def find_problem(path: str) -> str | None:
-    """What is wrong with a path, as the end of a sentence."""
-    if any("\ud800" <= character <= "\udfff" for character in path):
-        return "is not valid Unicode; rename the file"
+    """What is wrong with a path for a file that is to be made, as the end of a sentence."""
+    if problem := find_way_out(path):
+        return problem
     parts = [part for part in path.split("/") if part not in ("", ".")]
-    if not parts or path.endswith("/"):
-        return "names no file"
-    if path.startswith("/"):
-        return "is absolute; make it relative to the folder"
-    if ".." in parts:
-        return "contains ..; make it relative to the folder"
     if any(character in "\\\x7f" or character < " " for character in path):
         return "contains a control character or a backslash; rename the file and use / between folders"
     if len(parts) > MAX_DEPTH:
@@ -39,33 +33,57 @@ def find_problem(path: str) -> str | None:
     return None
 
 
+def find_way_out(path: str) -> str | None:
+    """Why a path cannot be that of any file below a folder, whoever made it; as the end of a sentence."""
+    if any("\ud800" <= character <= "\udfff" for character in path):
+        return "is not valid Unicode; rename the file"
+    parts = path.split("/")
+    if path.endswith("/") or not any(part not in ("", ".") for part in parts):
+        return "names no file"
+    if path.startswith("/"):
+        return "is absolute; make it relative to the folder"
+    if ".." in parts:
+        return "contains ..; make it relative to the folder"
+    return "contains a control character, NUL" if "\0" in path else None
+
+
+_Folder = dict[str, "tuple[str, _Folder | None]"]
+
+
 class Names:
-    """The paths of one upload, which refuses duplicates, names that differ only by case, and a file where a folder is."""
+    """The paths of one upload, which refuses duplicates, names that differ only by case, and a file where a folder is.
+
+    `count` is how many files and folders they are. Each name is kept once, however many paths lead through it.
+    """
 
     def __init__(self, where: str = "files") -> None:
-        self._where = where
-        self._seen: dict[str, tuple[str, bool]] = {}
+        self._where, self.count = where, 0
+        self._top: _Folder = {}
 
     def add(self, path: str) -> None:
-        parts = path.split("/")
-        for length in range(1, len(parts)):
-            self._claim("/".join(parts[:length]), is_file=False)
-        self._claim(path, is_file=True)
+        self._claim(path.split("/"), is_file=True)
 
     def add_folder(self, path: str) -> None:
-        parts = path.split("/")
-        for length in range(1, len(parts) + 1):
-            self._claim("/".join(parts[:length]), is_file=False)
+        self._claim(path.split("/"), is_file=False)
 
-    def _claim(self, path: str, *, is_file: bool) -> None:
-        folded = unicodedata.normalize("NFC", path).casefold()
-        if folded not in self._seen:
-            self._seen[folded] = (path, is_file)
-            return
-        other, other_is_file = self._seen[folded]
-        if other != path:
-            raise InvalidRequest(f"{self._where}: {path!r:.200} and {other!r:.200} differ only by case; rename one")
-        if other_is_file != is_file:
-            raise InvalidRequest(f"{self._where}: {path!r:.200} is both a file and a folder; rename one")
-        if is_file:
-            raise InvalidRequest(f"{self._where}: {path!r:.200} is there twice; send it once")
+    def _claim(self, parts: list[str], *, is_file: bool) -> None:
+        folder = self._top
+        for position, name in enumerate(parts, 1):
+            wants_file, key = is_file and position == len(parts), unicodedata.normalize("NFC", name).casefold()
+            is_new = key not in folder
+            if is_new:
+                self.count += 1
+                folder[key] = (name, None if wants_file else {})
+            other, inner = folder[key]
+            if other != name:
+                raise self._refuse(
+                    parts[:position], f"and {'/'.join((*parts[: position - 1], other))!r:.200} differ only by case; rename one"
+                )
+            if (inner is None) != wants_file:
+                raise self._refuse(parts[:position], "is both a file and a folder; rename one")
+            if wants_file and not is_new:
+                raise self._refuse(parts, "is there twice; send it once")
+            folder = inner if inner is not None else folder
+
+    def _refuse(self, parts: list[str], problem: str) -> InvalidRequest:
+        return InvalidRequest(f"{self._where}: {'/'.join(parts)!r:.200} {problem}")

@@ -44,6 +44,8 @@ WAIT_TIMEOUT = 15.0
 """Seconds that a start may wait for others to be done before it is refused."""
 WATCH_INTERVAL = 2.0
 """Seconds between two looks at the host's memory and load."""
+RELIEF_PAUSE = 10.0
+"""Seconds without new warm sandboxes after an idle session had to give way."""
 FIRST_PATIENCE, LEAST_PATIENCE, PATIENCE_FACTOR = 3.0, 1.0, 4.0
 """A cold start gets a second one beside it after so many seconds as long as none was measured; then after so many times what is slow
 here, and not before one second."""
@@ -100,6 +102,7 @@ class Sandboxes:
         self._start_timeout = start_timeout
         self._counts: Counter[str] = Counter()
         self._attempts = Tasks()
+        self._relieved_at = -RELIEF_PAUSE
         self.on_pressure: Callable[[bool], Awaitable[bool]] | None = None
         self._replenisher: asyncio.Task[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -204,18 +207,26 @@ class Sandboxes:
         await self._require_headroom(is_new=spec.fresh)
         if spec.fresh and self._is_generic(spec) and (sandbox := self._pool.take()) is not None:
             return Ticket(warm=sandbox)
-        self._turnstile.check(is_urgent=not spec.fresh)
-        await self._require_room(is_new=spec.fresh)
+        return await self._admit_cold(is_new=spec.fresh)
+
+    async def _admit_cold(self, *, is_new: bool) -> Ticket:
         ticket = Ticket(models.new_id())
-        self._starter.starting.add(ticket.id)
+        self._claiming += 1  # room that becomes free from here on is not for the pool
         try:
-            await self._turnstile.enter(is_urgent=not spec.fresh)
+            self._turnstile.check(is_urgent=not is_new)
+            await self._require_room(is_new=is_new)
+            self._starter.starting.add(ticket.id)
+            await self._turnstile.enter(is_urgent=not is_new)
         except BaseException as error:  # whatever it was, the place is free again
-            self._starter.starting.discard(ticket.id)
+            self._release(ticket)
             self._counts["refused_queue"] += isinstance(error, Overloaded)
             raise
-        self._claiming += 1
         return ticket
+
+    def _release(self, ticket: Ticket) -> None:
+        self._starter.starting.discard(ticket.id)
+        self._claiming -= 1
+        self._pool.changed()
 
     def _is_generic(self, spec: SandboxSpec) -> bool:
         return spec.limits is None or spec.limits == self._limits
@@ -225,16 +236,15 @@ class Sandboxes:
         if ticket.warm is not None:
             self._pool.give_back(ticket.warm)
         if ticket.id:
-            self._starter.starting.discard(ticket.id)
-            self._claiming -= 1
             self._turnstile.leave()
-            self._pool.changed()
+            self._release(ticket)
         ticket.id, ticket.warm = "", None
 
     async def _require_headroom(self, *, is_new: bool) -> None:
         """Raises Overloaded when this host has nothing left for one more, not even after another one went."""
         shortage = self._headroom.find_shortage(is_new=is_new)
         if shortage is not None and shortage != "disk" and (self._evict() or await self._relieve(is_new)):
+            self._headroom.look_again()
             shortage = self._headroom.find_shortage(is_new=is_new)
         if shortage is not None:
             self._counts[f"refused_{shortage}"] += 1
@@ -250,7 +260,10 @@ class Sandboxes:
                 )
 
     async def _relieve(self, is_new: bool) -> bool:
-        return self.on_pressure is not None and await self.on_pressure(is_new)
+        if self.on_pressure is None or not await self.on_pressure(is_new):
+            return False
+        self._relieved_at = time.monotonic()
+        return True
 
     def _evict(self) -> bool:
         """End a warm sandbox, whose place counts as free at once."""
@@ -376,7 +389,8 @@ class Sandboxes:
     # Warm sandboxes
 
     def _pace(self) -> Pace:
-        if self._isolation is None or self._headroom.find_shortage(is_new=True) or self._headroom.is_short:
+        was_full = time.monotonic() - self._relieved_at < RELIEF_PAUSE  # no session gives up its sandbox for one that only waits
+        if self._isolation is None or was_full or self._headroom.is_short or self._headroom.find_shortage(is_new=True):
             return Pace.NOT
         return Pace.SLOW if self._headroom.is_overloaded or (os.cpu_count() or 1) < 2 else Pace.FULL
 

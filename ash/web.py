@@ -94,8 +94,8 @@ async def _open_parts(app: web.Application) -> AsyncIterator[None]:
                 config=config, policies=policies, credentials=vault,
             ) as live_sessions:  # fmt: skip
                 app[PARTS] = Parts(
-                    config, store, event_log, keys, found, gateway, egress, sandboxes, live_sessions, Workspaces(store, config),
-                    policies, vault, started,
+                    config, store, event_log, keys, found, gateway, egress, sandboxes, live_sessions,
+                    Workspaces(store, config, live_sessions.limits_of), policies, vault, started,
                 )  # fmt: skip
                 app[GUARD] = Guard(config, keys)
                 yield
@@ -134,8 +134,10 @@ def _sandboxes(config: Config, policy: Policy, gateway: Gateway, egress: Egress)
         await egress.open(id, os.path.dirname(gateway_socket))
 
     async def close_ways(id: str) -> None:
-        await egress.close(id)
-        await gateway.close(id)
+        try:
+            await egress.close(id)
+        finally:
+            await gateway.close(id)
 
     return Sandboxes(
         data_dir=config.data_dir,

@@ -26,9 +26,10 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import psutil
+if TYPE_CHECKING:
+    import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
@@ -56,6 +57,8 @@ def spread(samples: list[float], unit: str = "ms") -> str:
 
 def proportional_memory(processes: list[psutil.Process]) -> float:
     """PSS in MiB: memory shared between processes counts once."""
+    import psutil
+
     total = 0
     for process in processes:
         with contextlib.suppress(psutil.Error):
@@ -138,6 +141,8 @@ class Server:
         return {"total": total, "bridge": next(json.loads(line[6:])["duration_ms"] for line in lines if b'"duration_ms"' in line)}
 
     def tree(self) -> list[psutil.Process]:
+        import psutil
+
         assert self.process is not None
         root = psutil.Process(self.process.pid)
         return [root, *root.children(recursive=True)]

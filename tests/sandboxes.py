@@ -30,7 +30,7 @@ class SaidHeadroom(Headroom):
 
     def say(self, **changes: Any) -> None:
         self.said = PLENTY._replace(**changes)
-        self._reading = None
+        self.look_again()
 
     def measure(self) -> Reading:
         return self.said
@@ -55,6 +55,10 @@ class Pool(Sandboxes):
 
     def session_dir(self, session_id: str) -> Path:
         return Path(self.data_dir, "sessions", session_id)
+
+    async def __aenter__(self) -> Pool:
+        await super().__aenter__()
+        return self
 
     async def take(self, session_id: str = "", *, agent: str = "", fresh: bool = True) -> Sandbox:
         """Claim a sandbox for a session of the simple agent."""

@@ -20,6 +20,7 @@ from ash.attack.report import FAIL, NOT_APPLICABLE, PASS, Report, Result, judge,
 from ash.attack.scene import SECRET, Ran, Scene, Target, Tenant
 from ash.attack.wire import Caller
 from ash.auth import Guard
+from ash.keys import Keys
 from ash.models import DEFAULT_TENANT
 from ash.remote.server import parse_server
 from ash.sessions import Sessions
@@ -75,10 +76,17 @@ async def test_on_a_sound_server_no_deed_works(deed: outside.Deed, scene: Scene)
 
 
 def trust_everybody(patch: pytest.MonkeyPatch, _: Path) -> None:
-    async def check(self: Guard, request: Any) -> str:
-        return DEFAULT_TENANT
+    async def check(self: Guard, request: Any) -> tuple[str, None]:
+        return DEFAULT_TENANT, None
 
     patch.setattr(Guard, "check", check)
+
+
+def delete_any_key(patch: pytest.MonkeyPatch, _: Path) -> None:
+    async def delete(self: Keys, tenant_id: str, id: str) -> None:
+        await self._store._write("DELETE FROM api_keys WHERE id = ?", id)
+
+    patch.setattr(Keys, "delete", delete)
 
 
 def take_any_path(patch: pytest.MonkeyPatch, _: Path) -> None:
@@ -120,7 +128,8 @@ def run_install_hooks(patch: pytest.MonkeyPatch, _: Path) -> None:
     (trust_everybody, ["call the API without a key", "call the API with a wrong key", "call the API with a deleted key",
                        "get around the key by the spelling of a path", "call the API with a forged Host", "call the API from a web page",
                        "read and change a session of another tenant", "read and change what another tenant has",
-                       "start the agent of another tenant", "delete the key of another tenant"]),
+                       "start the agent of another tenant"]),
+    (delete_any_key, ["delete the key of another tenant"]),
     (take_any_path, ["write outside an agent's folder by an upload"]),
     (take_any_settings, ["decide by its settings about keys and permissions"]),
     (be_near_everybody, ["deploy a folder of the server from afar"]),

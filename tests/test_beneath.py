@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -52,7 +53,10 @@ def test_what_lies_below_is_opened(way: str, folder: int, path: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["link", "up/secret", "deep/same", "../secret", "deep/../../secret", "/etc/passwd", "proc/etc/passwd", "fifo", "deep", "missing", "up/inside/deep/file"],
+    [
+        "link", "up/secret", "deep/same", "../secret", "deep/../../secret", "/etc/passwd", "proc/etc/passwd", "fifo", "deep", "missing",
+        "up/inside/deep/file",
+    ],
 )  # fmt: skip
 def test_no_link_no_way_up_and_nothing_but_files(way: str, folder: int, path: str) -> None:
     with pytest.raises(OSError):  # noqa: PT011 - which error it is depends on the way
@@ -62,9 +66,10 @@ def test_no_link_no_way_up_and_nothing_but_files(way: str, folder: int, path: st
 def test_another_file_system_is_not_entered(way: str, tmp_path: Path) -> None:
     root = beneath.open_folder("/")
     try:
-        with pytest.raises(OSError) as caught:
-            beneath.open_file(root, "proc/self/status")
-        assert caught.value.errno == errno.EXDEV
+        for path in ("proc/self/status", "proc"):
+            with pytest.raises(OSError, match="cross-device") as caught:
+                os.close(beneath.open_beneath(root, path, os.O_RDONLY))
+            assert caught.value.errno == errno.EXDEV
     finally:
         os.close(root)
 
@@ -74,9 +79,7 @@ def test_another_file_system_is_not_entered(way: str, tmp_path: Path) -> None:
         st.sampled_from(["..", ".", "", "deep", "up", "link", "proc", "file", "same", "inside", "secret", "/", "\0"]), max_size=8
     ).map("/".join)
 )
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_path_is_asked_for_the_secret_stays_outside(way: str, folder: int, path: str) -> None:
-    try:
+    with contextlib.suppress(OSError, ValueError):
         assert read(folder, path) == "found"
-    except (OSError, ValueError):
-        pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import io
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,8 @@ from ash.errors import (
     AgentUnusable,
     ConnectionFailed,
     InvalidRequest,
+    NotFound,
+    Overloaded,
     ProtocolError,
     RateLimited,
     Timeout,
@@ -142,6 +146,45 @@ def test_every_plain_method_reaches_its_route(client: AshClient, stub: StubServe
     assert client.list_agents() == []
 
 
+def test_files_are_listed_read_and_moved_as_archives(client: AshClient, stub: StubServer) -> None:
+    id = client.create_session("my-agent").id
+    stub.files = {"a b/ü": b"\xff"}
+    files = client.list_session_files(id)
+    assert [(file.path, file.size, file.modified_at[:4]) for file in files] == [("a b/ü", 1, "2026")]
+    assert (files.is_cut, client.list_session_files(id, hidden=False).is_cut) == (False, True)
+    assert client.read_session_file(id, "a b/ü") == b"\xff"
+    assert client.upload_workspace(id, b"archive") == 2
+    assert client.download_workspace(id) == b"archive"
+    with pytest.raises(NotFound, match="File not found"):
+        client.read_session_file(id, "missing")
+    with pytest.raises(InvalidRequest, match="names no file"):
+        client.read_session_file(id, "/")
+
+
+async def test_the_asynchronous_client_moves_files_too(stub: StubServer) -> None:
+    client = AsyncAshClient(server_url=stub.url)
+    id = (await client.create_session("my-agent")).id
+    stub.files = {"x": b"1"}
+    assert [file.path for file in await client.list_session_files(id)] == ["x"]
+    assert await client.read_session_file(id, "x") == b"1"
+    assert await client.upload_workspace(id, b"archive") == 2
+    assert await client.download_workspace(id) == b"archive"
+
+
+async def test_a_real_server_gives_back_what_it_was_given(server: Server) -> None:
+    client = AsyncAshClient(server_url=server.url)
+    id = await server.session()
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as archive:
+        archive.addfile(member := tarfile.TarInfo("folder/file"))
+        assert member.size == 0
+    assert await client.upload_workspace(id, content.getvalue()) == 1
+    assert [file.path for file in await client.list_session_files(id)] == ["folder/file"]
+    assert await client.read_session_file(id, "folder/file") == b""
+    with tarfile.open(fileobj=io.BytesIO(await client.download_workspace(id))) as archive:
+        assert archive.getnames() == ["folder", "folder/file"]
+
+
 def test_a_page_of_sessions_knows_the_total(client: AshClient) -> None:
     for _ in range(3):
         client.create_session("my-agent")
@@ -207,6 +250,33 @@ def test_an_answer_becomes_the_error_it_stands_for(client: AshClient, stub: Stub
     assert caught.value.status == status
     assert caught.value.message == body["error"]
     assert isinstance(caught.value, ash_ai.AshApiError)
+
+
+def test_an_overloaded_server_is_asked_again_after_the_time_it_asks_for(client: AshClient, stub: StubServer) -> None:
+    stub.overloads = [0, 0]
+    session = client.create_session("my-agent")
+    assert len(stub.posts("/api/sessions")) == 3
+    assert len(stub.sessions) == 1
+    stub.overloads = [0]
+    assert [event.type for event in client.send_message_stream(session.id, "Hi")][-1] == "done"
+    assert len(stub.posts("/messages")) == 2
+
+
+async def test_the_async_client_is_as_patient(stub: StubServer) -> None:
+    stub.overloads = [0, 0, 0]
+    client = AsyncAshClient(stub.url)
+    session = await client.create_session("my-agent")
+    stub.overloads = [0]
+    assert [event.type async for event in client.send_message_stream(session.id, "Hi")][-1] == "done"
+
+
+@pytest.mark.parametrize("overloads", [[0] * 5, [60]])
+def test_a_client_is_patient_but_not_for_ever(client: AshClient, stub: StubServer, overloads: list[int]) -> None:
+    stub.overloads = list(overloads)
+    with pytest.raises(Overloaded, match="short of memory") as caught:
+        client.create_session("my-agent")
+    assert caught.value.retry_after == overloads[0]
+    assert caught.value.hint == f"try again in {overloads[0]} s"
 
 
 def test_no_server_says_how_to_start_one() -> None:
@@ -656,3 +726,12 @@ async def test_the_async_client_sends_a_stored_key_only_when_asked(stub: StubSer
     assert [agent.name for agent in await client.list_agents()] == ["my-agent"]
     assert (await client.send_message((await client.create_session("my-agent")).id, "Hi")).text == "Hello, Ada."
     assert [headers.get("Authorization") for *_, headers in stub.requests] == [None, "Bearer kept"] * 3
+
+
+def test_credentials_are_stored_with_where_they_go_and_never_shown(client: AshClient, stub: StubServer) -> None:
+    made = client.store_credential("custom", "ghp_secret", host="api.github.com", variable="TOKEN", agent="helper")
+    assert (made.host, made.variable, made.agent) == ("api.github.com", "TOKEN", "helper")
+    assert stub.posts("/api/credentials")[0]["key"] == "ghp_secret"
+    assert "ghp_secret" not in repr(client.list_credentials())
+    client.delete_credential(made.id)
+    assert client.list_credentials() == []

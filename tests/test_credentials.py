@@ -221,15 +221,16 @@ async def test_a_deleted_credential_is_revoked_where_it_was_handed_out(vault: Cr
         await vault.delete("default", id)
 
 
-async def test_the_placeholder_stays_the_same_for_a_session_and_is_another_for_each(
-    vault: Credentials, store: Store, data_dir: str
-) -> None:
-    await make(vault)
-    [first] = (await vault.open(session(id="s1"))).bound
-    [again] = (await Credentials(store, data_dir).open(session(id="s1"))).bound
-    [other] = (await vault.open(session(id="s2"))).bound
-    assert first.placeholder == again.placeholder != other.placeholder
-    assert first.placeholder.startswith("ash-placeholder-")
+async def test_a_placeholder_stays_the_same_in_every_session_and_when_the_secret_is_replaced(vault: Credentials) -> None:
+    """A clone keeps it in its URL; forks and later sessions have that clone."""
+    id = await make(vault)
+    [first] = (await vault.open(session())).bound
+    await vault.delete("default", id)
+    await make(vault, secret="ghp_the_next_one")
+    [second] = (await vault.open(session())).bound
+    assert first.placeholder == second.placeholder
+    await make(vault, GITHUB._replace(host="github.com", variable="B"))
+    assert len({bound.placeholder for bound in (await vault.open(session())).bound}) == 2
 
 
 async def test_use_is_noted(vault: Credentials) -> None:

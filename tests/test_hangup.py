@@ -64,7 +64,7 @@ async def test_a_hangup_has_the_policy_read_again_and_a_bad_one_changes_nothing(
         put(data_dir, '[egress]\nallow = ["a.example.com"]\n')
         os.kill(pid, signal.SIGHUP)
 
-        async def is_new() -> bool:
+        async def is_new() -> Any:
             return await allowed(data_dir) == ["a.example.com"]
 
         await eventually(is_new)
@@ -92,7 +92,7 @@ async def test_a_server_in_a_terminal_reloads_while_that_is_there_and_stops_with
             put(data_dir, '[egress]\nallow = ["a.example.com"]\n')
             os.kill(pid, signal.SIGHUP)
 
-            async def is_new() -> bool:
+            async def is_new() -> Any:
                 return await allowed(data_dir) == ["a.example.com"]
 
             await eventually(is_new)

@@ -10,7 +10,7 @@ import pytest
 
 from ash import models
 from ash.config import Config
-from ash.errors import CapacityReached, InvalidRequest, SandboxFailed, SessionEnded, StoreFailed, TurnRunning
+from ash.errors import CapacityReached, InvalidRequest, Overloaded, SandboxFailed, SessionEnded, StoreFailed, TurnRunning
 from ash.models import DEFAULT_TENANT, Event
 from tests import fakes
 from tests.harness import Server, eventually, serving
@@ -457,3 +457,110 @@ async def test_refused_messages_leave_nothing_in_memory(start_server: Start) -> 
     with pytest.raises(InvalidRequest):
         await server.parts.sessions.send(DEFAULT_TENANT, id, "hello?", {})
     await eventually(lambda: not server.parts.sessions._live)
+
+
+# Room
+
+
+async def idle(server: Server, count: int, seconds: float = 60.0) -> list[str]:
+    """Sessions with a sandbox that were last used `seconds` ago, the first one earliest."""
+    ids = [await server.session() for _ in range(count)]
+    for place, id in enumerate(ids):
+        server.parts.sessions._live[id].idle_since -= seconds + count - place
+    return ids
+
+
+def awake(server: Server) -> set[str]:
+    return {id for id, live in server.parts.sessions._live.items() if live.sandbox is not None}
+
+
+async def test_a_session_that_is_refused_at_the_door_leaves_nothing(start_server: Start) -> None:
+    server = await start_server()
+    await server.deploy()
+    server.sandboxes.refusal = Overloaded("The server is short of memory", retry_after=4.2)
+    async with server.http.post(f"{server.url}/api/sessions", json={"agent": "helper"}) as answer:
+        assert (answer.status, answer.headers["Retry-After"], (await answer.json())["code"]) == (429, "5", "overloaded")
+    assert (await server.parts.sessions.list(DEFAULT_TENANT))[0] == []
+    assert not server.parts.sessions._live
+
+
+async def test_a_message_that_no_sandbox_can_be_had_for_is_refused_before_its_turn(start_server: Start) -> None:
+    server = await start_server()
+    id = await server.session()
+    server.sandboxes.claimed[0].vanish("gone")
+    await eventually(lambda: not server.parts.sessions.status()["active_sandboxes"])
+    server.sandboxes.refusal = Overloaded("The server is short of memory", retry_after=1)
+    seen = len(await log_of(server, id))
+    async with server.http.post(f"{server.url}/api/sessions/{id}/messages", json={"content": "Hi"}) as answer:
+        assert (answer.status, answer.headers["Retry-After"]) == (429, "1")
+    assert len(await log_of(server, id)) == seen
+    server.sandboxes.refusal = None
+    assert ending(await turn(server, id))[0] == "completed"
+
+
+async def test_a_full_server_hibernates_the_session_that_was_idle_longest(start_server: Start) -> None:
+    server = await start_server(max_sandboxes=3)
+    ids = await idle(server, 3)
+    await turn(server, ids[0])  # now the second one is the oldest
+    newcomer = await server.session()
+    assert awake(server) == {ids[0], ids[2], newcomer}
+    assert ending(await turn(server, ids[1]))[0] == "completed", "it lost nothing but its processes"
+    assert awake(server) == {ids[0], ids[1], newcomer}
+    assert (await server.parts.sessions.get(DEFAULT_TENANT, ids[2])).status == "active"
+    status = server.parts.sessions.status()
+    assert (status["made_room"], status["hibernations"]) == (2, 2)
+
+
+async def test_a_new_session_takes_nothing_from_those_that_were_just_used_but_one_that_goes_on_does(start_server: Start) -> None:
+    server = await start_server(max_sandboxes=2)
+    sleeper = await server.session()
+    await server.parts.sessions.pause(DEFAULT_TENANT, sleeper)
+    busy = [await server.session() for _ in range(2)]
+    with pytest.raises(CapacityReached, match="capacity reached"):
+        await server.parts.sessions.create(DEFAULT_TENANT, "helper")
+    await server.parts.sessions.resume(DEFAULT_TENANT, sleeper)
+    assert ending(await turn(server, sleeper))[0] == "completed"
+    assert awake(server) == {sleeper, busy[1]}
+
+
+async def test_turns_and_commands_never_give_way(start_server: Start) -> None:
+    server = await start_server(max_sandboxes=2)
+    first, second = await idle(server, 2)
+    server.sandboxes.script = fakes.wait
+    started = await server.parts.sessions.send(DEFAULT_TENANT, first, "long", {})
+    server.parts.sessions._live[second].commands += 1
+    with pytest.raises(CapacityReached):
+        await server.parts.sessions.create(DEFAULT_TENANT, "helper")
+    server.parts.sessions._live[second].commands -= 1
+    server.parts.sessions._live[second].idle_since -= 60
+    await server.parts.sessions.create(DEFAULT_TENANT, "helper")
+    assert first in awake(server)
+    await server.parts.sessions.interrupt(DEFAULT_TENANT, first)
+    assert ending(await rest_of_turn(server, first, started.first_seq))[0] == "interrupted"
+
+
+async def test_many_sessions_that_wake_at_once_share_few_sandboxes(start_server: Start) -> None:
+    server = await start_server(max_sandboxes=2)
+    ids = []
+    for _ in range(6):
+        ids.append(await server.session())
+        server.parts.sessions._live[ids[-1]].idle_since -= 60
+    async with asyncio.timeout(10):
+        for _ in range(2):
+            for id in ids:
+                assert ending(await turn(server, id))[0] == "completed"
+    assert len(awake(server)) == 2
+
+
+async def test_a_sandbox_that_does_not_take_its_agent_is_replaced(start_server: Start) -> None:
+    server = await start_server()
+    server.sandboxes.deaf = 1
+    id = await server.session()
+    deaf, good = server.sandboxes.claimed
+    assert (deaf.is_gone, good.is_gone, deaf.spec.fresh, good.spec.fresh) == (True, False, True, False)
+    assert ending(await turn(server, id))[0] == "completed"
+    assert server.parts.sessions.status()["replaced"] == 1
+    server.sandboxes.deaf = 2
+    with pytest.raises(SandboxFailed, match="did not take its agent"):
+        await server.parts.sessions.create(DEFAULT_TENANT, "helper")
+    assert all(sandbox.is_gone for sandbox in server.sandboxes.claimed[2:])

@@ -33,7 +33,7 @@ DISK = "a quota on the session's files"
 KEYRING = "the server leaves the session keyring"
 DUMPABLE = "the bridge is not dumpable"
 GATEWAY = "the model gateway"
-EGRESS = "egress through the proxy"
+ADDRESSES = "a name is resolved once"
 
 ATTACKER, LIMITED = "attacker", "limited"
 """The sessions that probes run in. The second one has small limits, and may die of its probes."""
@@ -214,8 +214,8 @@ _NETWORK = (
           _python(scripts.THROUGH_GATEWAY, "{gateway}", "{port}", *_HOSTS)),
     Probe("reach other paths of the provider", GATEWAY, _python(scripts.OTHER_PATHS, "{gateway}")),
     Probe("use a key of its own at the provider", GATEWAY, _python(scripts.OWN_KEY, "{gateway}", "{provider}")),
-    Probe("reach metadata addresses through the proxy", EGRESS, _python(scripts.THROUGH_PROXY, "{egress}", "''", *_METADATA)),
-    Probe("reach the host through the proxy", EGRESS,
+    Probe("reach metadata addresses through the proxy", ADDRESSES, _python(scripts.THROUGH_PROXY, "{egress}", "''", *_METADATA)),
+    Probe("reach the host through the proxy", ADDRESSES,
           _python(scripts.THROUGH_PROXY, "{egress}", "canary", *(f"{host}:{{port}}" for host in _HOSTS))),
 )  # fmt: skip
 

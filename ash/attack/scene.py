@@ -14,6 +14,7 @@ import secrets
 import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -108,7 +109,8 @@ class Scene:
         self._plant()
         self._deploy(self.caller)
         for role, limits in ((ATTACKER, None), (LIMITED, SMALL)):
-            self.sessions[role] = self._create(self.caller, limits)
+            self.sessions[role] = id = self._create(self.caller, limits)
+            self._later(f"files of the session {id}", partial(self.run, id, "rm -rf .ash-attack*"))
         self._add_tenant()
         self._look_around()
 
@@ -151,7 +153,7 @@ class Scene:
         """The agent asks for every host that the operator's policy may grant."""
         files = {
             "CLAUDE.md": "You are attacked by nobody.\n",
-            ".claude/settings.json": '{"sandbox": {"network": {"allowedDomains": ["*"]}}}',
+            ".claude/settings.json": '{"sandbox": {"network": {"allowedDomains": ["*", "*:*"]}}}',
         }
         encoded = [{"path": path, "content": base64.b64encode(text.encode()).decode()} for path, text in files.items()]
         env = {"ATTACK_SECRET": f"{SECRET}-{self.name}"}
@@ -161,7 +163,7 @@ class Scene:
     def _create(self, caller: Caller, limits: dict[str, int] | None = None) -> str:
         """A new session, ended at the end. What the operator's policy does not allow of the limits or the model is left out."""
         given: dict[str, Any] = {"limits": limits} if limits else {}
-        tries = ({**given, "model": "offline"}, {"model": "offline"}, given, {})
+        tries: tuple[dict[str, Any], ...] = ({**given, "model": "offline"}, {"model": "offline"}, given, {})
         answers = (caller.ask("POST", "/api/sessions", {"agent": self.name, **options}, timeout=90) for options in tries)
         answer = next((answer for answer in answers if answer.status not in (400, 403)), None)
         if answer is None:

@@ -403,7 +403,8 @@ print("took", round(100 * used / elapsed), "% of a processor")
 sys.exit(100 * used / elapsed <= 1.4 * percent)
 """
 
-# A quota that is watched needs a moment: what was written is removed only after a second, and then it must have been noticed.
+# A quota that is watched needs a moment: each of these goes on for some seconds beyond the limit, by which time it must have been
+# noticed. Whoever is killed for it leaves a folder, which the scene takes away.
 FILL_DISK = """
 import os, shutil, signal, sys, tempfile, time
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -411,7 +412,7 @@ limit, largest = int(sys.argv[1]), int(sys.argv[2])
 if limit > 512 << 20:
     print("more than 512 MiB are allowed: not tried")
     sys.exit(77)
-folder, done = tempfile.mkdtemp(dir="."), 0
+folder, done = tempfile.mkdtemp(prefix=".ash-attack-", dir="."), 0
 try:
     for round_ in range(40):
         with open(os.path.join(folder, str(round_)), "wb") as file:
@@ -433,16 +434,15 @@ limit = int(sys.argv[1])
 if limit > 20000:
     print("more than 20,000 files are allowed: not tried")
     sys.exit(77)
-folder, done = tempfile.mkdtemp(dir="."), 0
+folder, done = tempfile.mkdtemp(prefix=".ash-attack-", dir="."), 0
 try:
-    for done in range(2 * limit):
+    for done in range(limit + 20000):
         os.close(os.open(os.path.join(folder, str(done)), os.O_CREAT | os.O_WRONLY))
-        if done > limit and done % (limit // 10 + 1) == 0:
-            time.sleep(0.2)
+        if done > limit and done % 2000 == 0:
+            time.sleep(0.3)
 finally:
     shutil.rmtree(folder)
 print("made", done, "files")
-sys.exit(done <= limit)
 """
 
 # Lines of the bridge's protocol, to every socket and pipe that this process has or can take. In a session that has run one command

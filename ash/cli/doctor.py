@@ -13,6 +13,7 @@ from ash.cli.terminal import GREEN, RED, YELLOW, Terminal
 from ash.config import SETTINGS, Config, load_config
 from ash.errors import ConfigError
 from ash.isolation import checks
+from ash.isolation.machine import FAIL, Finding
 from ash.isolation.prepare import Choices
 from ash.isolation.records import Limits
 from ash.models import now
@@ -39,16 +40,16 @@ def _doctor(args: argparse.Namespace, terminal: Terminal) -> int:
     counts = Counter(finding.verdict for finding in findings)
     if terminal.is_json:
         terminal.data({
-            "checkedAt": now(), "version": __version__, "dataDir": config.data_dir, "ok": not counts[checks.FAIL],
+            "checkedAt": now(), "version": __version__, "dataDir": config.data_dir, "ok": not counts[FAIL],
             "totals": {verdict: counts[verdict] for verdict in _COLORS}, "checks": [finding._asdict() for finding in findings],
         })  # fmt: skip
     else:
         _show(findings, terminal)
         terminal.line(", ".join(f"{counts[verdict]} {verdict}" for verdict in _COLORS if counts[verdict]))
-    return 1 if counts[checks.FAIL] else 0
+    return 1 if counts[FAIL] else 0
 
 
-async def _check_host(config: Config, server: local.LocalServer | None) -> list[checks.Finding]:
+async def _check_host(config: Config, server: local.LocalServer | None) -> list[Finding]:
     limits = Limits(**{name: getattr(config, name) for name in Limits._fields})
     pid = server.pid if server is not None else 0
     return await checks.check_host(config.sandbox, config.data_dir, limits, _choices(config), server_pid=pid, warm=config.warm_sandboxes)
@@ -65,7 +66,7 @@ def _choices(config: Config) -> Choices:
     return Choices(config.sandbox_python, config.cgroup_root, config.rootfs, mounts, config.sandbox_ptrace)
 
 
-def _show(findings: list[checks.Finding], terminal: Terminal) -> None:
+def _show(findings: list[Finding], terminal: Terminal) -> None:
     for finding in findings:
         terminal.line(f"{finding.verdict:<8}{finding.id:<18}{finding.found}")
         if finding.fix and finding.verdict != "ok":

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ash.cli import profile, turn
+from ash.cli import profile, turn, workspace
 from ash.cli.command import Command, UsageError, names
 from ash.cli.deploy import add_env, add_limits
 from ash.cli.terminal import CYAN, DIM, Terminal, shorten
@@ -229,4 +229,7 @@ COMMANDS = {
     "tail": Command("Follow a session's events, past ones first.", _tail, _configure_tail),
     "messages": Command("Show the conversation; JSON when piped.", _messages, _configure_messages),
     "logs": Command("Show what the session's sandbox logged.", _logs, _configure_logs),
+    "files": Command("List the session's files, JSON when piped, or print one.", workspace.files, workspace.configure_files),
+    "download": Command("Write all of the session's files into an archive.", workspace.download, workspace.configure_download),
+    "upload": Command("Put the files of an archive or a folder into the session.", workspace.upload, workspace.configure_upload),
 }

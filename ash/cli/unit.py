@@ -17,7 +17,7 @@ _SECTION = "[X-Ash]"
 
 _ROOT_CAPABILITIES = (
     "CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_FSETID CAP_KILL CAP_NET_BIND_SERVICE CAP_SETGID CAP_SETUID "
-    "CAP_SYS_ADMIN CAP_SYS_PTRACE CAP_SYS_RESOURCE"
+    "CAP_SYS_ADMIN CAP_SYS_CHROOT CAP_SYS_PTRACE CAP_SYS_RESOURCE"
 )
 # bubblewrap needs a /proc with nothing mounted over its parts, every kind of namespace, sethostname and a netlink socket.
 _HARDENING = """\

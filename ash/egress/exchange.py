@@ -23,8 +23,10 @@ from ash.errors import AshError, InvalidRequest, UpstreamError
 from ash.tasks import Tasks
 
 MAX_HEAD = 128 * 1024
-LINGER = 1.0
-"""Seconds that half of what may be a secret is held back when nothing follows it: a stream for people must not stall."""
+HOLD_SECONDS = 0.25
+"""How long the end of a stream is held back when nothing follows it: it must not stall. A host that stops in the middle of a secret for
+longer wants to give it away, and could do so otherwise."""
+LINGER_SECONDS = 1.0
 _UNPACK_BYTES = 256 * 1024
 _UPGRADE = b"websocket"
 """The one protocol that may follow HTTP on a connection. Others could carry further requests, without the credential."""
@@ -129,7 +131,7 @@ class Exchange:
     async def _linger(self) -> None:
         """Read on for a moment, so that a program that is still sending comes to read its answer."""
         with suppress(TimeoutError, h11.ProtocolError, OSError):
-            async with asyncio.timeout(LINGER):
+            async with asyncio.timeout(LINGER_SECONDS):
                 while self._inside.http.their_state is h11.SEND_BODY and isinstance(await self._inside.event(), h11.Data):
                     pass
 
@@ -254,7 +256,7 @@ class Exchange:
         while isinstance(event := await outside.event(), h11.Data):
             for piece in unpacker.feed(event.data) if unpacker else (bytes(event.data),):
                 await self._send_data(redactor.feed(piece))
-            if redactor.holds and not outside.http.trailing_data[0] and await outside.is_silent(LINGER):
+            if redactor.holds and not outside.http.trailing_data[0] and await outside.is_silent(HOLD_SECONDS):
                 await self._send_data(redactor.flush())
         if isinstance(event, h11.EndOfMessage):
             await self._send_data(redactor.flush())
@@ -280,7 +282,7 @@ async def copy(source: Peer, target: Peer, redactor: Redactor) -> None:
     with suppress(OSError):
         while True:
             await target.write(redactor.feed(data))
-            if redactor.holds and await source.is_silent(LINGER):
+            if redactor.holds and await source.is_silent(HOLD_SECONDS):
                 await target.write(redactor.flush())
             if not (data := await source.receive()):
                 break

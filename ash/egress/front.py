@@ -166,5 +166,5 @@ def explain(error: AshError) -> tuple[int, Refusal]:
     """Status and words of an error, as the program inside gets them."""
     if isinstance(error, EgressRefused):
         return error.status, Refusal(error.reason, error.message, error.hint)
-    reason = {400: "malformed", 408: "timeout", 504: "timeout"}.get(error.status, "failed")
+    reason = {400: "malformed", 408: "timeout", 429: "busy", 504: "timeout"}.get(error.status, "failed")
     return error.status, Refusal(reason, error.message, "")

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
@@ -87,6 +88,8 @@ class _Gate:
         self.arrivals = Bucket(burst_seconds=1.0)
         self.lookups = asyncio.Semaphore(_LOOKUPS)
         self.visits: set[asyncio.Task[None]] = set()
+        self.admitted = 0
+        """Visits that are served; the others are being refused."""
         self.pause: asyncio.TimerHandle | None = None
 
 
@@ -237,13 +240,19 @@ class Egress:
         finally:
             front.writer.transport.abort()
 
-    def check_room(self, gate: _Gate) -> None:
-        """Raises RateLimited when the session, or all of them together, have too many connections."""
-        policy, all_open = gate.policy(), sum(len(each.visits) for each in self._gates.values())
-        if len(gate.visits) > policy.connections:
+    @contextmanager
+    def admitted(self, gate: _Gate) -> Iterator[None]:
+        """A place for one connection. Raises RateLimited when the session, or all of them together, have too many."""
+        policy, all_admitted = gate.policy(), sum(each.admitted for each in self._gates.values())
+        if gate.admitted >= policy.connections:
             raise RateLimited(f"more than {policy.connections} connections at once; wait for one to end")
-        if all_open > policy.total_connections:
+        if all_admitted >= policy.total_connections:
             raise RateLimited("the server has too many connections of sandboxes; try again in a moment")
+        gate.admitted += 1
+        try:
+            yield
+        finally:
+            gate.admitted -= 1
 
     def check(self, gate: _Gate, target: Target) -> EgressAccess:
         """For whom the connection is. Raises EgressRefused."""
@@ -281,9 +290,10 @@ class Egress:
             return
         gate.account.refused += 1
         self._totals.refused[refusal.reason] += 1
-        if gate.access is None or target is None:
+        if gate.access is None or refusal.reason == "malformed":
             return
-        data = gate.reports.take(shown(target.host), target.port, refusal)
+        host, port = (shown(target.host), target.port) if target is not None else ("", 0)
+        data = gate.reports.take(host, port, refusal)
         if data is not None:
             _ = self._tasks.start(self._report(gate.access.session_id, models.EGRESS_REFUSED, data), "report a refusal")
 
@@ -304,18 +314,21 @@ class _Visit:
     async def run(self) -> None:
         """Answer request after request, until the connection ends or becomes a tunnel."""
         try:
-            self._egress.check_room(self._gate)
-            while (request := await self._front.request()) is not None:
-                self._target = None
-                self._target = target = parse_target(request)
-                self._egress.check(self._gate, target)
-                if target.is_tunnel:
-                    await self._tunnel(target)
-                    return
-                if not await self._forward(request, target):
-                    return
+            with self._egress.admitted(self._gate):
+                await self._serve()
         except AshError as error:
             await self._refuse(error)
+
+    async def _serve(self) -> None:
+        while (request := await self._front.request()) is not None:
+            self._target = None
+            self._target = target = parse_target(request)
+            self._egress.check(self._gate, target)
+            if target.is_tunnel:
+                await self._tunnel(target)
+                return
+            if not await self._forward(request, target):
+                return
 
     async def _refuse(self, error: AshError) -> None:
         status, refusal = explain(error)

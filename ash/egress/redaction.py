@@ -36,12 +36,15 @@ def _base64_cores(secret: bytes, before: int) -> Iterable[bytes]:
 
 
 class Redactor:
-    """One stream. What might be the beginning of a secret is held back until it is known."""
+    """One stream. As many bytes are held back as a secret's beginning could be.
+
+    Always as many, whatever they are: otherwise what comes late would tell, character by character, how a secret begins.
+    """
 
     def __init__(self, forms: Iterable[bytes]) -> None:
         self._forms = sorted(forms, key=len, reverse=True)
         self._pattern = re.compile(b"|".join(map(re.escape, self._forms))) if self._forms else None
-        self._longest = len(self._forms[0]) if self._forms else 0
+        self._kept = len(self._forms[0]) - 1 if self._forms else 0
         self._held = b""
 
     @property
@@ -50,7 +53,7 @@ class Redactor:
 
     def feed(self, data: bytes) -> bytes:
         text = self.redact(self._held + data)
-        cut = self._find_beginning(text)
+        cut = max(0, len(text) - self._kept)
         self._held = text[cut:]
         return text[:cut]
 
@@ -64,15 +67,3 @@ class Redactor:
         if self._pattern is None or not any(form in data for form in self._forms):  # many times as fast as the pattern
             return data
         return self._pattern.sub(lambda match: FILL * len(match.group()), data)
-
-    def _find_beginning(self, text: bytes) -> int:
-        """Where a secret may have begun whose rest is still to come; the text's length when nowhere."""
-        earliest = len(text)
-        for form in self._forms:
-            start = max(0, len(text) - len(form) + 1)
-            while (start := text.find(form[:1], start, earliest)) >= 0:
-                if form.startswith(text[start:]):
-                    earliest = start
-                    break
-                start += 1
-        return earliest

@@ -43,8 +43,8 @@ class TlsStream:
         """The library gives one record at a time; what is there already is taken together."""
         data = self._tls.read(CHUNK)
         with contextlib.suppress(ssl.SSLError):  # no more for now, or ever: the next call says which
-            while data and len(data) < CHUNK:
-                data += self._tls.read(CHUNK)
+            while data and len(data) < CHUNK and (more := self._tls.read(CHUNK)):
+                data += more
         return data
 
     async def write(self, data: bytes) -> None:
@@ -63,6 +63,8 @@ class TlsStream:
                 data = await self._reader.read(CHUNK)
                 if data:
                     self._incoming.write(data)
+                elif self._incoming.eof:
+                    raise ConnectionResetError("the connection ended in the middle") from None
                 else:
                     self._incoming.write_eof()
             except ssl.SSLError:

@@ -244,7 +244,7 @@ def check_cgroups(root: str, server_pid: int, limits: Limits) -> Iterator[Findin
         for name in cgroups.CONTROLLERS:
             yield Finding(f"cgroup.{name}", WARN, f"{_NAMES[name]}: not limited, because {error}", error.fix)
         return
-    except PermissionError as error:
+    except OSError as error:
         yield Finding(
             "cgroup", UNKNOWN, f"the server's cgroup cannot be looked at: {error}", "run `ash doctor` as the server's user or as root"
         )
@@ -259,10 +259,13 @@ def _running_tree(pid: int) -> tuple[CgroupTree, Any]:
     """The tree that a running server uses, which is not changed but for one cgroup more."""
     with open(f"/proc/{pid}/cgroup", encoding="utf-8") as file:
         site = delegation.find_site(delegation.look_around()._replace(cgroup=file.read()))
-    with open(os.path.join(site.path, "cgroup.subtree_control"), encoding="ascii") as file:
+    enabled: list[str] = []
+    with suppress(FileNotFoundError), open(os.path.join(site.path, "cgroup.subtree_control"), encoding="ascii") as file:
         enabled = file.read().split()
     if not enabled:
-        raise delegation.CgroupsUnavailable(f"the server's cgroup {site.path} hands no controller down")
+        report = delegation.describe_tree()
+        why = report.problem or f"the running server has no cgroup whose controllers it could use ({site.path})"
+        raise delegation.CgroupsUnavailable(why, report.fix or "Stop the server and start it again")
     if not os.access(site.path, os.W_OK):
         raise PermissionError(f"{site.path} belongs to another user")
     missing = {name: f"{site.path} does not hand it down" for name in cgroups.CONTROLLERS if name not in enabled}

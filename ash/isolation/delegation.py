@@ -100,7 +100,7 @@ def _find_for_root(facts: Surroundings, mount: str, path: str, own: str) -> Site
     is_real_top = not os.path.exists(os.path.join(mount, "cgroup.events"))  # the kernel's own top has no such file
     if own == "/" and not is_real_top and own_path(facts.init_cgroup) == "/":
         return Site(path, CONTAINER)
-    if not facts.is_container and is_real_top:
+    if is_real_top and (own == "/" or not facts.is_container):  # at the very top no container bounds this server either
         return Site(os.path.join(mount, TOP), AT_TOP, mount)
     if not _others_in(path):
         return Site(path, DELEGATED)

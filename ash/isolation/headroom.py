@@ -52,6 +52,10 @@ class Headroom:
             self._judge(self._reading)
         return self._reading
 
+    def look_again(self) -> None:
+        """Something was given up: the last reading serves no longer."""
+        self._reading = None
+
     def measure(self) -> Reading:
         memory = min(_available_memory(), *(group.memory_left() for group in self._groups), _PLENTY)
         processes = min(_free_processes(), *(group.processes_left() for group in self._groups), _PLENTY)

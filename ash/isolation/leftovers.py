@@ -1,4 +1,4 @@
-"""What a killed server left behind: finding its sandboxes again, ending them, removing their folders and cgroups.
+"""What a killed server left behind: finding its sandboxes again, ending them, removing their folders, cgroups and half-done uploads.
 
 Never ends a process that is not, by pid and start time, the one that was written down, or that holds a sandbox's own socket, nor one
 whose server still lives.
@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ash.isolation import bundle, folders, launch
+from ash.isolation import bundle, files, folders, launch
 from ash.isolation import cgroup as cgroups
 from ash.isolation.cgroup import CgroupTree
 from ash.isolation.folders import Folders
@@ -131,5 +131,6 @@ def _sweep(
         if id not in keep:
             cgroups.kill(path)
             cgroups.remove(path)
+    files.remove_staged(places.sessions)
     if shared:
         bundle.prune(places.run, shared)

@@ -42,42 +42,50 @@ class Task(NamedTuple):
 
 
 def read(source: Source) -> Json:
-    return read_all([source])[source.id]
+    """All that is known of one sandbox."""
+    basic = read_all([source])[source.id]
+    if source.cgroup is not None:
+        return {**basic, **_read_details(source.cgroup, source.device)}
+    return {**basic, "processesLimit": source.limits.max_processes or None, **dict.fromkeys(_BY_CGROUP_ONLY)}
 
 
 def read_all(sources: Iterable[Source]) -> dict[str, Json]:
-    """Figures by sandbox. /proc is gone through once for all that have no cgroup."""
+    """Memory, CPU time and processes by sandbox. /proc is gone through once for all that have no cgroup."""
     found, rest = {}, []
     for source in sources:
         if source.cgroup is not None:
-            found[source.id] = _read_group(source, source.cgroup)
+            found[source.id] = _read_group(source.cgroup)
         else:
             rest.append(source)
     if rest:
         tasks = _list_tasks()
         children = _by_parent(tasks)
-        found |= {source.id: _add_up(source, tasks, children) for source in rest}
+        found |= {source.id: _add_up(source.pid, tasks, children) for source in rest}
     return found
 
 
 # From a cgroup
 
 
-def _read_group(source: Source, path: str) -> Json:
-    cpu, events = read_counters(path, "cpu.stat"), read_counters(path, "memory.events")
-    is_memory, is_pids = os.path.exists(f"{path}/memory.max"), os.path.exists(f"{path}/pids.max")
-    transferred = _read_io(path, source.device)
+def _read_group(path: str) -> Json:
     return {
         "source": "cgroup",
         "memoryBytes": read_number(f"{path}/memory.current"),
+        "cpuSeconds": _seconds(read_counters(path, "cpu.stat").get("usage_usec")),
+        "processes": read_number(f"{path}/pids.current"),
+    }
+
+
+def _read_details(path: str, device: str) -> Json:
+    events = read_counters(path, "memory.events")
+    transferred = _read_io(path, device)
+    return {
         "memoryPeakBytes": read_number(f"{path}/memory.peak"),
         "memoryLimitBytes": read_number(f"{path}/memory.max"),
-        "cpuSeconds": _seconds(cpu.get("usage_usec")),
-        "throttledSeconds": _seconds(cpu.get("throttled_usec")),
-        "processes": read_number(f"{path}/pids.current"),
+        "throttledSeconds": _seconds(read_counters(path, "cpu.stat").get("throttled_usec")),
         "processesLimit": read_number(f"{path}/pids.max"),
-        "oomKills": events.get("oom_kill", 0) if is_memory else None,
-        "refusedForks": read_counters(path, "pids.events").get("max", 0) if is_pids else None,
+        "oomKills": events.get("oom_kill"),
+        "refusedForks": read_counters(path, "pids.events").get("max"),
         "pressure": {name: _read_pressure(f"{path}/{name}.pressure") for name in RESOURCES},
         "ioReadBytes": transferred.get("rbytes") if transferred is not None else None,
         "ioWriteBytes": transferred.get("wbytes") if transferred is not None else None,
@@ -133,19 +141,17 @@ def read_pressure(folder: str | None) -> dict[str, Json | None]:
 # From the processes
 
 
-def _add_up(source: Source, tasks: Mapping[int, Task], children: Mapping[int, list[int]]) -> Json:
-    """Memory that processes share is counted for each of them. What the kernel counts per cgroup only is None."""
-    pids = [source.pid] if source.pid in tasks else []
-    for pid in pids:
-        pids += children.get(pid, [])
+def _add_up(pid: int, tasks: Mapping[int, Task], children: Mapping[int, list[int]]) -> Json:
+    """Memory that processes share is counted for each of them."""
+    pids = [pid] if pid in tasks else []
+    for parent in pids:
+        pids += children.get(parent, [])
     own = [tasks[pid] for pid in pids]
     return {
         "source": "proc",
         "memoryBytes": sum(task.pages for task in own) * _PAGE,
         "cpuSeconds": round(sum(task.ticks for task in own) / _TICKS, 3),
         "processes": sum(task.threads for task in own),
-        "processesLimit": source.limits.max_processes or None,
-        **dict.fromkeys(_BY_CGROUP_ONLY),
     }
 
 

@@ -20,6 +20,8 @@ from ash.remote.records import (
     Message,
     Session,
     SessionEvent,
+    SessionFile,
+    SessionFiles,
     SessionList,
     read,
 )
@@ -29,10 +31,11 @@ Content = str | list[Any]
 _NO_HEADERS: dict[str, str] = {}
 _STREAM = {"Accept": "text/event-stream"}
 _EXEC_TIMEOUT = 30.0
+_TRANSFER_TIMEOUT = 120.0
 
 
 class Call(NamedTuple, Generic[T]):
-    """One request. `timeout` is what it needs beyond the client's own, in seconds."""
+    """One request. `timeout` is what it needs beyond the client's own, in seconds; `is_raw` says that the answer is no JSON but bytes."""
 
     method: str
     path: str
@@ -40,6 +43,7 @@ class Call(NamedTuple, Generic[T]):
     body: bytes | Upload | None = None
     timeout: float = 0.0
     headers: dict[str, str] = _NO_HEADERS
+    is_raw: bool = False
 
 
 class SessionOptions(TypedDict, total=False):
@@ -273,6 +277,41 @@ def continue_turn(id: str, after: int) -> Call[None]:
 
 def follow(id: str, after: int) -> Call[None]:
     return Call("GET", _query(_path("sessions", id, "stream"), after=after), _nothing, headers=_STREAM)
+
+
+# Files
+
+
+def list_session_files(id: str, *, hidden: bool = True) -> Call[SessionFiles]:
+    return Call("GET", _query(_path("sessions", id, "files"), includeHidden=None if hidden else "false"), _as_files)
+
+
+def _as_files(raw: Any) -> SessionFiles:
+    files = SessionFiles(read(SessionFile, row) for row in _rows(raw, "files"))
+    files.is_cut = isinstance(raw, dict) and raw.get("truncated") is True
+    return files
+
+
+def read_session_file(id: str, path: str) -> Call[bytes]:
+    from urllib.parse import quote
+
+    if not path.strip("/"):
+        raise InvalidRequest(f"{path!r} names no file")
+    return Call("GET", f"{_path('sessions', id, 'files')}/{quote(path, safe='/')}", bytes, timeout=_TRANSFER_TIMEOUT, is_raw=True)
+
+
+def download_workspace(id: str) -> Call[bytes]:
+    return Call("GET", _path("sessions", id, "workspace"), bytes, timeout=_TRANSFER_TIMEOUT, is_raw=True)
+
+
+def upload_workspace(id: str, archive: bytes) -> Call[int]:
+    path = _path("sessions", id, "workspace")
+    return Call("POST", path, _file_count, archive, timeout=_TRANSFER_TIMEOUT, headers={"Content-Type": "application/octet-stream"})
+
+
+def _file_count(raw: Any) -> int:
+    count = raw.get("files") if isinstance(raw, dict) else None
+    return count if isinstance(count, int) else 0
 
 
 # API keys

@@ -127,6 +127,24 @@ class ExecResult(NamedTuple):
         return _show(self)
 
 
+class SessionFile(NamedTuple):
+    """A file of a session's workspace; `path` is relative to it."""
+
+    path: str
+    size: int = 0
+    modified_at: str = ""
+    raw: Json = _NOTHING
+
+    def __repr__(self) -> str:
+        return _show(self)
+
+
+class SessionFiles(list[SessionFile]):
+    """The files of a workspace by path; `is_cut` says that there are more than the server lists."""
+
+    is_cut: bool = False
+
+
 class LogLine(NamedTuple):
     """One line the sandbox wrote."""
 

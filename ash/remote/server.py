@@ -53,7 +53,7 @@ class Server(NamedTuple):
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
         if call.body is not None:
-            headers["Content-Type"] = "application/json"
+            headers.setdefault("Content-Type", "application/json")
             headers["Content-Length"] = str(call.body.size if isinstance(call.body, Upload) else len(call.body))
         return request_head(call.method, self.prefix + call.path, headers)
 
@@ -149,6 +149,8 @@ def answer(call: Call[Any], head: Head, body: bytes) -> Any:
     """What `call` returns for this response; raises the error it stands for."""
     if not 200 <= head.status < 300:
         raise refusal(call, head, body)
+    if call.is_raw:
+        return call.parse(body)
     try:
         value = json.loads(body) if body.strip() else {}
     except ValueError as error:

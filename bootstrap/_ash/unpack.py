@@ -48,8 +48,9 @@ def open_group(archive: str, group: str) -> Opened:
     on = platform() if GROUPS[group]["payloads"] else "any"
     if on == "any" and GROUPS[group]["needs_compiled"]:
         raise BundleError(
-            "Bedrock and Vertex need compiled packages, which this file holds for CPython 3.11 to 3.14 on Linux (x86-64, aarch64) with "
-            f"glibc {MIN_GLIBC[0]}.{MIN_GLIBC[1]} or newer; this is {sys.version.split()[0]} on {sys.platform} {os.uname().machine}"
+            "Credentials, Bedrock and Vertex need compiled packages, which this file holds for CPython 3.11 to 3.14 on Linux "
+            f"(x86-64, aarch64) with glibc {MIN_GLIBC[0]}.{MIN_GLIBC[1]} or newer; "
+            f"this is {sys.version.split()[0]} on {sys.platform} {os.uname().machine}"
         )
     try:
         return _open_somewhere(archive, group, on)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 Json = dict[str, Any]
 Script = list[tuple[str, Json]]
@@ -50,6 +50,8 @@ class StubServer(ThreadingHTTPServer):
         self.script: Script = HELLO
         self.cuts: list[int | str] = []
         self.refusals: dict[str, tuple[int, Json]] = {}
+        self.overloads: list[int] = []
+        """So many requests to come are answered 429, with these seconds in Retry-After."""
         self.key = ""
         self.provider = "anthropic"
         self.requests: list[tuple[str, str, Json, dict[str, str]]] = []
@@ -57,6 +59,8 @@ class StubServer(ThreadingHTTPServer):
         self.credentials: dict[str, Json] = {}
         self.sessions: dict[str, Json] = {}
         self.logs: dict[str, Script] = {}
+        self.files: dict[str, bytes] = {}
+        self.archive = b""
         self.exec_result: Json = {"exitCode": 0, "stdout": "", "stderr": "", "timedOut": False, "truncated": False}
         self.interrupted = threading.Event()
         self.hold: threading.Event | None = None
@@ -89,11 +93,14 @@ class Handler(BaseHTTPRequestHandler):
     def handle_any(self) -> None:
         split = urlsplit(self.path)
         raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        body = json.loads(raw) if raw else {}
+        self.raw = raw
+        body = json.loads(raw) if raw and self.headers.get("Content-Type") == "application/json" else {}
         self.query = {name: values[-1] for name, values in parse_qs(split.query).items()}
         self.server.requests.append((self.command, split.path, body, dict(self.headers)))
         if self.server.key and split.path != "/health" and self.headers.get("Authorization") != f"Bearer {self.server.key}":
             return self.answer({"error": "Missing Authorization header", "hint": "send a key"}, 401)
+        if self.server.overloads:
+            return self.refuse_overloaded(self.server.overloads.pop(0))
         if split.path in self.server.refusals:
             status, answer = self.server.refusals[split.path]
             return self.answer(answer, status)
@@ -110,6 +117,14 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"error": f"no route {self.command} {self.path}"}, 404)
         handler(*parts[1:2], body)
         return None
+
+    def refuse_overloaded(self, seconds: int) -> None:
+        content = json.dumps({"error": "The server is short of memory", "code": "overloaded", "statusCode": 429}).encode()
+        self.send_response(429)
+        self.send_header("Retry-After", str(seconds))
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def answer(self, value: Json, status: int = 200) -> None:
         raw = json.dumps(value).encode()
@@ -195,6 +210,30 @@ class Handler(BaseHTTPRequestHandler):
 
     def get_sessions_logs(self, _id: str, _body: Json) -> None:
         self.answer({"logs": [{"index": 0, "level": "stderr", "text": "one line", "ts": ""}], "source": "sandbox"})
+
+    def get_sessions_files(self, _id: str, _body: Json) -> None:
+        path = unquote(urlsplit(self.path).path.partition("/files")[2]).removeprefix("/")
+        if not path:
+            moment = "2026-01-01T00:00:00.000Z"
+            rows = [{"path": name, "size": len(content), "modifiedAt": moment} for name, content in self.server.files.items()]
+            return self.answer({"files": rows, "source": "sandbox", **({"truncated": True} if self.query else {})})
+        if path not in self.server.files:
+            return self.answer({"error": f"File not found: {path}", "statusCode": 404, "code": "not_found"}, 404)
+        return self.answer_bytes(self.server.files[path])
+
+    def get_sessions_workspace(self, _id: str, _body: Json) -> None:
+        self.answer_bytes(self.server.archive)
+
+    def post_sessions_workspace(self, _id: str, _body: Json) -> None:
+        self.server.archive = self.raw
+        self.answer({"message": "Workspace restored", "files": 2})
+
+    def answer_bytes(self, content: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/octet-stream")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def get_sessions_messages(self, id: str, _body: Json) -> None:
         rows: list[Json] = []

@@ -407,7 +407,7 @@ def target(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 def test_every_target_has_all_compiled_modules_for_its_machine(ash_pyz: Path, target: tuple[str, str]) -> None:
     python, machine = target
-    kinds = [("core", f"cp{python}"), ("models", f"cp{python}"), ("models", "abi3")]
+    kinds = [("core", f"cp{python}"), ("models", f"cp{python}"), ("crypto", f"cp{python}"), ("crypto", "abi3")]
     modules = {name: data for group, kind in kinds for name, data in payload(ash_pyz, group, f"{kind}-{machine}-glibc").items()}
     assert set(modules) >= {"aiohttp._http_parser.so", "multidict._multidict.so", "pydantic_core._pydantic_core.so", "jiter.jiter.so",
                             "_cffi_backend.so", "cryptography.hazmat.bindings._rust.so", "yarl._quoting_c.so"}  # fmt: skip
@@ -418,13 +418,13 @@ def test_every_target_has_all_compiled_modules_for_its_machine(ash_pyz: Path, ta
 
 
 def test_all_targets_hold_the_same_modules(ash_pyz: Path) -> None:
-    for group in ("core", "models"):
+    for group in ("core", "crypto", "models"):
         names = [tuple(payload(ash_pyz, group, f"cp{python}-{machine}-glibc")) for python in PYTHONS for machine in ELF_MACHINES]
         assert len(set(names)) == 1
 
 
 def test_the_shared_sources_hold_licences_and_no_compiled_code(ash_pyz: Path) -> None:
-    files = {**payload(ash_pyz, "core", "py"), **payload(ash_pyz, "models", "py")}
+    files = {name: data for group in ("core", "crypto", "models") for name, data in payload(ash_pyz, group, "py").items()}
     assert not [name for name in files if name.endswith((".so", ".pyc"))]
     for package in ("aiohttp", "anthropic", "cryptography", "pydantic_core"):
         assert [name for name in files if name.startswith(f"{package}-") and "LICENSE" in name], package

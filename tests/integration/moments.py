@@ -55,6 +55,11 @@ def _hang_up(victim: Victim) -> None:
         victim.sandbox._link._writer.transport.abort()
 
 
+def _kill_tools(victim: Victim) -> None:
+    for pid in launch.find_descendants(victim.bridge) if victim.bridge is not None else ():
+        _kill(pid)
+
+
 def _freeze(victim: Victim) -> None:
     if victim.bridge is not None:
         os.kill(victim.bridge, signal.SIGSTOP)
@@ -64,6 +69,7 @@ DEEDS: dict[str, Deed] = {
     "kill the monitor": lambda victim: _kill(victim.monitor),
     "kill the first process": lambda victim: _kill(victim.init),
     "kill the bridge": lambda victim: _kill(victim.bridge),
+    "kill the tools": _kill_tools,
     "stop the bridge": _freeze,
     "hang up": _hang_up,
     "remove the run folder": lambda victim: shutil.rmtree(victim.run_dir, ignore_errors=True),

@@ -36,7 +36,7 @@ class Site(NamedTuple):
     ca: bytes
 
 
-class _Files(http.server.SimpleHTTPRequestHandler):
+class Files(http.server.SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -57,7 +57,7 @@ class _Server(http.server.ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(folder: str) -> Iterator[Site]:
+def serving(folder: str, files: type[Files] = Files) -> Iterator[Site]:
     certificate, key, ca = _certificates()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     pem = Path(folder, ".pem")
@@ -65,16 +65,16 @@ def serving(folder: str) -> Iterator[Site]:
     context.load_cert_chain(pem)
     pem.unlink()
     with ExitStack() as stack:
-        plain, secure = stack.enter_context(_running(folder)), stack.enter_context(_running(folder, context))
+        plain, secure = stack.enter_context(_running(folder, files)), stack.enter_context(_running(folder, files, context))
         found = Site(f"http://{NAME}:{plain}", f"https://{NAME}:{secure}", ca)
         _fill(folder, found)
         yield found
 
 
 @contextmanager
-def _running(folder: str, context: ssl.SSLContext | None = None) -> Iterator[int]:
-    def make(*arguments: Any) -> _Files:
-        return _Files(*arguments, directory=folder)
+def _running(folder: str, files: type[Files], context: ssl.SSLContext | None = None) -> Iterator[int]:
+    def make(*arguments: Any) -> Files:
+        return files(*arguments, directory=folder)
 
     with _Server((ADDRESS, 0), make) as server:
         if context is not None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from ash.config import Config
 from ash.egress import Egress, EgressAccess
 from ash.models import Json
 from ash.sandbox import Limits, Sandbox
 from tests.egress.network import OPEN, Table, answering, echo, host
+from tests.harness import serving
 from tests.integration import sites
 from tests.integration.sites import Site
 from tests.sandboxes import Pool, leftovers, open_pool, until
@@ -253,3 +257,45 @@ async def test_large_files_arrive_whole(net: Net, box: Sandbox) -> None:
     counted = (net.egress.live("s1") or {})["hosts"]["web.test"]
     assert counted["connections"] == 2
     assert counted["bytesDown"] >= 2 * size
+
+
+# The whole server
+
+
+@needs("curl")
+async def test_a_server_with_a_policy_lets_through_what_agent_and_operator_agree_on(make_config: Callable[..., Config]) -> None:
+    config = make_config(sandbox="bwrap", warm_sandboxes=0)
+    Path(config.data_dir, "policy.toml").write_text('[egress]\nallow = ["127.0.0.2:*", "127.0.0.3:*"]\nallow_private = ["127.0.0.0/8"]\n')
+    asked = {"sandbox": {"network": {"allowedDomains": ["127.0.0.2:*", "127.0.0.4:*"]}}}
+    async with serving(config) as server, host(answering(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"), "127.0.0.2") as port:
+        if server.parts.sandboxes.status().isolation == "unavailable":
+            pytest.skip("this host cannot isolate")
+        files = [
+            {"path": "CLAUDE.md", "content": encoded("be kind")},
+            {"path": ".claude/settings.json", "content": encoded(json.dumps(asked))},
+        ]
+        await server.call("POST", "/api/agents", {"name": "helper", "files": files}, expect=201)
+        id = (await server.call("POST", "/api/sessions", {"agent": "helper"}, expect=201))["session"]["id"]
+
+        async def curl(address: str) -> str:
+            command = f"curl -sS http://{address}:{port}/"
+            return str((await server.call("POST", f"/api/sessions/{id}/exec", {"command": command}, expect=200))["stdout"])
+
+        assert await curl("127.0.0.2") == "hi"
+        assert "not allowed by the agent's settings" in await curl("127.0.0.3")
+        assert "not allowed by the operator's policy" in await curl("127.0.0.4")
+        shown = (await server.call("GET", f"/api/sessions/{id}"))["session"]["egress"]
+        assert shown["refused"] == 2
+        assert shown["hosts"]["127.0.0.2"]["connections"] == 1
+
+
+def encoded(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+async def test_without_a_sandbox_there_is_no_relay_and_no_proxy_variable(make_config: Callable[..., Config]) -> None:
+    async with serving(make_config(sandbox="none")) as server:
+        id = await server.session()
+        environment = (await server.call("POST", f"/api/sessions/{id}/exec", {"command": "env"}, expect=200))["stdout"]
+    assert "HOME=" in environment
+    assert "PROXY" not in environment.upper()

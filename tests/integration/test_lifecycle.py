@@ -6,10 +6,13 @@ import asyncio
 import shutil
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
 from ash.isolation.leftovers import OWNED
+from ash.sandbox import Sandbox
 from tests.integration import battlefield, moments
 from tests.integration.moments import DEEDS, IN_SHUTDOWN, MOMENTS, require_isolation
 from tests.integration.remains import descriptors, everything_of, gone, processes_of
@@ -65,3 +68,17 @@ async def test_of_a_server_killed_at_any_moment_the_next_one_finds_and_ends_ever
         before = descriptors()
         await pool.reap([])
         await gone(pool, before)
+
+
+async def test_thirty_sandboxes_that_end_in_every_way_leave_nothing(data_dir: str) -> None:
+    async with moments.opened(data_dir) as pool:
+        await (await pool.take()).stop()
+        before = descriptors()
+        ways: tuple[Callable[[Sandbox], Awaitable[Any]], ...] = (
+            lambda sandbox: sandbox.stop(), lambda sandbox: sandbox.stop(grace=0), lambda sandbox: sandbox.exec("kill -9 $PPID"),
+        )  # fmt: skip
+        for number in range(10):
+            sandboxes = [await pool.take() for _ in ways]
+            await asyncio.gather(*(way(sandbox) for way, sandbox in zip(ways, sandboxes, strict=True)), return_exceptions=True)
+            await gone(pool, before, f"in round {number}")
+        assert pool.status().cold_starts == 31

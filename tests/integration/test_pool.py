@@ -221,7 +221,7 @@ async def test_no_second_start_where_everything_is_slow(data_dir: str, monkeypat
         require_isolation(pool)
         with pytest.raises(SandboxFailed, match="not ready"):
             await pool.take("s1", agent=make_agent(data_dir, "digest-2", MUTE=""))
-        assert pool.status().counts["second_starts"] == 0
+        assert "second_starts" not in pool.status().counts
 
 
 async def test_a_cancelled_race_leaves_nothing(data_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -305,9 +305,9 @@ def test_nothing_can_be_made_inside_a_sandboxes_cgroup(real: CgroupTree) -> None
 
 
 @needs_real
-def test_a_missing_file_of_a_real_cgroup_is_told_not_raised(real: CgroupTree) -> None:
+def test_a_limit_that_a_real_cgroup_did_not_take_is_told_not_raised(real: CgroupTree) -> None:
     path = real.create("one", LIMITS)
     real.controllers = ("memory",)
     real.check(path, LIMITS)
-    assert real.missing == {"memory": "this kernel does not have it"}
+    assert set(real.missing) == {"memory"}
     assert not real.controllers

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from ash.errors import IsolationUnavailable
 from ash.isolation import bwrap, checks, delegation, host, machine
 from ash.isolation.cgroup import CONTROLLERS
-from ash.isolation.checks import Finding
+from ash.isolation.machine import Finding
 from ash.isolation.prepare import Choices
 from ash.isolation.records import Limits
 from ash.isolation.seccomp import ALLOW
@@ -155,11 +154,10 @@ def test_a_file_system_that_cannot_hold_the_database_fails(
 
 
 @pytest.fixture
-def small_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.statvfs("/")
     small = os.statvfs_result((4096, 4096, 1000, 1000, 1000, 1000, 10, 10, *real[8:]))
     monkeypatch.setattr("os.statvfs", lambda path: small)
-    yield
 
 
 def test_a_disk_that_is_nearly_full_is_warned_of_in_full_and_in_brief(small_disk: None, tmp_path: Path) -> None:

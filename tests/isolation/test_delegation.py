@@ -122,6 +122,10 @@ def test_root_without_a_delegated_cgroup_takes_one_at_the_top(host: Host, marks:
     assert delegation.find_site(host.facts(own)) == Site(str(host.top / "ash"), AT_TOP, str(host.top))
 
 
+def test_a_machine_made_from_a_containers_image_is_none(host: Host, marks: set[str]) -> None:
+    assert delegation.find_site(host.facts("/", init_cgroup="0::/\n", is_container=True)).kind == AT_TOP
+
+
 def test_in_a_container_its_own_top_is_used(host: Host, marks: set[str]) -> None:
     host.make("/", procs="1\n")
     facts = host.facts("/", init_cgroup="0::/\n", is_container=True)

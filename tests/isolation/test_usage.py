@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from ash.isolation import usage
-from ash.isolation.records import Limits
+from ash.isolation.records import Limits, SandboxSpec
 from ash.isolation.usage import Source
+from tests.sandboxes import make_agent, open_pool
 
 LIMITS = Limits(memory_mb=256, cpu_percent=100, max_processes=40, max_file_mb=10)
 PRESSURE = "some avg10=1.50 avg60=0.10 avg300=0.00 total=12\nfull avg10=0.25 avg60=0.00 avg300=0.00 total=3\n"
@@ -67,7 +68,7 @@ def test_without_a_known_disk_all_are_added_up(group: Path) -> None:
 
 
 def test_what_a_kernel_does_not_have_is_none(group: Path) -> None:
-    for name in ("memory.peak", "io.stat", "io.pressure", "pids.max", "memory.max"):
+    for name in ("memory.peak", "io.stat", "io.pressure", "pids.max", "pids.events", "memory.max", "memory.events"):
         (group / name).unlink()
     found = usage.read(source(str(group)))
     names = ("memoryPeakBytes", "memoryLimitBytes", "ioReadBytes", "processesLimit", "oomKills", "refusedForks")
@@ -104,6 +105,7 @@ def test_many_are_read_at_once_each_by_its_own_means(group: Path) -> None:
     sources = [source(str(group)), source(None, pid=os.getpid())._replace(id="two")]
     found = usage.read_all(sources)
     assert [found[id]["source"] for id in ("one", "two")] == ["cgroup", "proc"]
+    assert set(found["one"]) == set(found["two"]) == {"source", "memoryBytes", "cpuSeconds", "processes"}
 
 
 def test_the_hosts_pressure_has_every_resource() -> None:
@@ -112,3 +114,21 @@ def test_the_hosts_pressure_has_every_resource() -> None:
 
 def test_pressure_that_was_switched_off_is_none(tmp_path: Path) -> None:
     assert usage.read_pressure(str(tmp_path)) == {"cpu": None, "memory": None, "io": None}
+
+
+# Of a real sandbox
+
+
+async def test_a_sandbox_shows_what_it_uses_and_the_limits_of_its_own(data_dir: str) -> None:
+    own = LIMITS._replace(max_processes=20, max_file_mb=3, memory_mb=512)
+    async with open_pool(data_dir) as pool:
+        if pool.status().isolation == "unavailable":
+            pytest.skip(f"this host cannot isolate: {pool.status().warnings[0]}")
+        sandbox = await pool.claim(SandboxSpec("s1", str(pool.session_dir("s1")), make_agent(data_dir), True, own))
+        assert sandbox.limits == own
+        show = "awk '/Max (file size|data size|processes)/ { print $(NF-1) }' /proc/self/limits; df -m --output=size /tmp | tail -1"
+        assert (await sandbox.exec(show)).stdout.split() == [str(3 << 20), str(512 << 20), "20", "128"]
+        found = await sandbox.usage()
+        assert found["memoryBytes"] > 1 << 20
+        assert found["processes"] >= 2
+        assert set(await pool.usages()) == {sandbox.id}

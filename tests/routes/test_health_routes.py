@@ -103,3 +103,20 @@ async def test_every_metric_is_described_once(server: Server) -> None:
 async def test_a_head_request_gets_no_body(server: Server, path: str) -> None:
     async with server.http.head(server.url + path) as answer:
         assert (answer.status, await answer.read()) == (200, b"")
+
+
+async def test_metrics_tell_who_was_refused_and_who_gave_way(
+    start_server: Callable[..., Awaitable[Server]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await start_server(max_sandboxes=1)
+    id = await server.session()
+    server.parts.sessions._live[id].idle_since -= 60
+    await server.session()
+    status = server.sandboxes.status()._replace(
+        counts={"refused_memory": 3, "second_starts": 2, "evictions": 4}, waiting=5, start_seconds=0.25
+    )
+    monkeypatch.setattr(server.sandboxes, "status", lambda: status)
+    found = await metrics(server)
+    assert (found['ash_starts_refused_total{reason="memory"}'], found['ash_starts_refused_total{reason="disk"}']) == (3, 0)
+    assert (found["ash_second_starts_total"], found["ash_pool_evictions_total"], found["ash_starts_waiting"]) == (2, 4, 5)
+    assert (found["ash_hibernations_for_room_total"], found['ash_start_seconds{quantile="0.5"}']) == (1, 0.25)

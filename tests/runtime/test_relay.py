@@ -15,6 +15,7 @@ import pytest
 
 from ash import protocol
 from ash.runtime import relay
+from ash.runtime.paths import Paths, tool_environ
 from ash.runtime.relay import Port, Relay
 from tests.egress.network import free_port
 
@@ -256,3 +257,11 @@ def test_without_pidfds_its_end_is_asked_for(held: Port, monkeypatch: pytest.Mon
 
 def test_a_port_that_is_taken_is_done_without(held: Port) -> None:
     assert Port.open() is None
+
+
+def test_tools_are_told_of_the_proxy_in_every_spelling_and_an_agent_may_change_its_mind() -> None:
+    env = tool_environ(Paths(proxy="http://127.0.0.1:3128"), {"HTTPS_PROXY": "http://other"}, {"no_proxy": "x.test"})
+    assert env["HTTP_PROXY"] == env["http_proxy"] == env["https_proxy"] == env["ALL_PROXY"] == env["all_proxy"] == "http://127.0.0.1:3128"
+    assert (env["HTTPS_PROXY"], env["no_proxy"], env["NODE_USE_ENV_PROXY"]) == ("http://other", "x.test", "1")
+    assert env["NO_PROXY"] == "localhost,127.0.0.1,::1"
+    assert not [name for name in tool_environ(Paths(), {}, {}) if "PROXY" in name.upper()]

@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", default=str(ROOT / "dist" / "vm"), help="folder for the results")
     parser.add_argument("--script", default=str(ROOT / "tests" / "guest" / "run.sh"), help="what the guest runs, as root; $1: results")
     parser.add_argument("--timeout", type=float, default=2400.0, help="seconds until the guest is turned off")
-    parser.add_argument("--accel", default=os.environ.get("ASH_VM_ACCEL", "tcg"), help="tcg, or kvm where that works (ASH_VM_ACCEL)")
+    parser.add_argument("--accel", default=os.environ.get("VM_ACCEL", "tcg"), help="tcg, or kvm where that works (VM_ACCEL)")
     parser.add_argument("words", nargs="*", help="words for pytest in the guest, after --")
     return parser
 
@@ -86,7 +86,7 @@ def _make_disks(folder: Path, pyz: Path, site: Path, script: Path, words: Sequen
             shutil.copy2(source, project / name)
     shutil.copy2(pyz, content / "ash.pyz")
     shutil.copy2(script, content / "run")
-    (content / "words").write_text("\n".join(words))
+    (content / "words").write_text("".join(f"{word}\n" for word in words))
     shutil.copytree(site, content / "site")
     used = sum(file.stat().st_size + 4096 for file in content.rglob("*")) // 1024**2
     disks = {"in": folder / "in.ext4", "data": folder / "data.ext4"}
@@ -138,7 +138,7 @@ def command(guest: Path, disks: dict[str, Path], folder: Path, accel: str) -> li
 
 def _boot(guest: Path, disks: dict[str, Path], folder: Path, accel: str, timeout: float) -> int:
     """Boots and follows to the end; gives the guest's exit code. An emulated machine sometimes hangs early: then it is started again."""
-    deadline = time.monotonic() + timeout
+    deadline, said = time.monotonic() + timeout, ""
     for attempt in range(1, BOOT_TRIES + 1):
         say(f"booting ({accel})")
         (folder / "progress").write_bytes(b"")
