@@ -82,6 +82,18 @@ async def until(claim: Callable[[], Any], timeout: float = 5.0) -> None:
         await asyncio.sleep(0.01)
 
 
+async def limits_met(sandbox: Sandbox, timeout: float = 5.0) -> list[str]:
+    """The limits that a sandbox met; the news may come a moment after the error that it explains."""
+    met: list[str] = []
+
+    def has_met() -> bool:
+        met.extend(found["limit"] for found in sandbox.limits_met())
+        return bool(met)
+
+    await until(has_met, timeout)
+    return met
+
+
 async def one_by_one(batches: AsyncIterator[list[dict[str, Any]]]) -> AsyncIterator[dict[str, Any]]:
     """The events of `batches`; asks for the next list only when the last is used up."""
     async for events in batches:

@@ -38,7 +38,7 @@ _ENV_TEMPLATE = """\
 """
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
-_SYSTEMCTL_TIMEOUT = 400.0
+_SYSTEMCTL_TIMEOUT = 720.0
 """Seconds for one call of systemctl: longer than the unit lets a start or a stop take."""
 _MINIMUM = (3, 11)
 

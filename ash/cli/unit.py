@@ -106,7 +106,7 @@ def _process(plan: Plan, program: str) -> list[str]:
         "RestartSec=1",
         "RestartPreventExitStatus=2",
         # The first start of a new file unpacks it; a stop lets turns end first.
-        "TimeoutStartSec=300",
+        "TimeoutStartSec=600",
         "TimeoutStopSec=60",
         # The server ends its sandboxes itself; what is left after it is killed.
         "KillMode=mixed",

@@ -24,10 +24,14 @@ values = st.recursive(
 )
 FIELDS = sorted({field for table in (protocol.EVENTS, protocol.COMMANDS) for fields in table.values() for field in fields} - {"n"})
 words = st.sampled_from(["t1", "t2", "completed", "failed", "stdout", "info"])
-messages = st.fixed_dictionaries(
-    {"ev": st.sampled_from([*protocol.EVENTS, "x"]), "n": st.integers(-1, 5) | scalars},
-    optional=dict.fromkeys(FIELDS, words | values),
-)
+fields = st.dictionaries(st.sampled_from(FIELDS), words | values, max_size=5)
+heads = st.fixed_dictionaries({"ev": st.sampled_from([*protocol.EVENTS, "x"]), "n": st.integers(-1, 5) | scalars})
+# Whole events too, which random fields would hardly ever make.
+wholes = st.sampled_from([
+    {"turn_id": "t1", "data": {}}, {"turn_id": "t1", "status": "completed"}, {"command_id": 2}, {"error": "x"}, {"level": "info", "text": "x"},
+    {"command_id": 2, "exit_code": 0, "stdout": "", "stderr": "", "timed_out": False, "truncated": False},
+])  # fmt: skip
+messages = st.builds(lambda head, whole, more: {**whole, **more, **head}, heads, wholes, fields)
 READY = {"ev": "ready", "n": 0, "pid": 2, "version": protocol.VERSION}
 
 

@@ -12,7 +12,7 @@ import pytest
 from ash.isolation import launch, quota
 from ash.isolation.quota import QuotaUnavailable
 from ash.sandbox import Sandbox
-from tests.sandboxes import LIMITS, Pool, open_pool, until
+from tests.sandboxes import LIMITS, Pool, limits_met, open_pool
 
 PLACE = "/srv/quota"
 LIMITED = LIMITS._replace(disk_mb=40, max_files=300, max_file_mb=1024)
@@ -84,9 +84,7 @@ fcntl.ioctl(fd, 0x401C5820, struct.pack("=5I8x", flags & ~0x200, a, b, 7, c))
 async def test_usage_and_the_event_come_from_the_kernel(sandbox: Sandbox) -> None:
     await sandbox.exec("head -c 100000000 /dev/zero > /workspace/big", timeout=120)
     assert (await sandbox.usage())["diskBytes"] > 35 << 20
-    met: list[str] = []
-    await until(lambda: [met.append(found["limit"]) for found in sandbox.limits_met()] or met, timeout=30)
-    assert met == ["disk"]
+    assert await limits_met(sandbox, timeout=30) == ["disk"]
 
 
 async def test_a_session_that_wakes_is_held_again(pool: Pool) -> None:

@@ -32,7 +32,7 @@ DATA = Path("/var/lib/ash")
 OPTIONS = {"root": [], "user": ["--user", "ash"], "dynamic": ["--dynamic-user"]}
 SMALL = "ASH_MEMORY_MB=128\nASH_MAX_PROCESSES=64\nASH_WARM_SANDBOXES=1\nASH_START_TIMEOUT=120\nASH_MODEL=offline\n"
 """Limits that an emulated machine can afford to run into."""
-PATIENCE = 300.0
+PATIENCE = 900.0
 FORK_BOMB = """
 import os, time
 count = 0

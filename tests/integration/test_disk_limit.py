@@ -11,7 +11,7 @@ import pytest
 from ash.errors import SandboxFailed
 from ash.isolation import disk
 from ash.sandbox import Sandbox
-from tests.sandboxes import LIMITS, Pool, leftovers, open_pool, until
+from tests.sandboxes import LIMITS, Pool, leftovers, limits_met, open_pool, until
 
 MIB = 1 << 20
 QUOTA = LIMITS._replace(disk_mb=64, max_files=400, max_file_mb=32)
@@ -34,13 +34,6 @@ async def sandbox(pool: Pool) -> Sandbox:
     sandbox = await pool.take("s1")
     await sandbox.init({}, {}, [])
     return sandbox
-
-
-async def limits_met(sandbox: Sandbox) -> list[str]:
-    """The news may come a moment after the error that it explains."""
-    met: list[str] = []
-    await until(lambda: [met.append(found["limit"]) for found in sandbox.limits_met()] or met)
-    return met
 
 
 async def test_a_disk_bomb_meets_an_error_and_the_session_lives(sandbox: Sandbox) -> None:

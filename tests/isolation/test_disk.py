@@ -145,6 +145,7 @@ async def test_who_moves_folders_about_is_measured_all_the_same(session: Path, s
     for _ in range(20):
         assert disk.measure_moving(str(session), Tree(process.pid, has_namespace=False)).bytes >= 0
     watcher, said = make_watcher(session, process.pid, LIMITS._replace(max_files=0))
+
     def has_said() -> bool:
         step(watcher)
         return bool(said)

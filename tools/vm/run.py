@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -36,7 +37,7 @@ _LAST_WORD = "guest: exit "
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    args, began = _parser().parse_args(argv), time.monotonic()
     try:
         image.require_tools()
         guest = image.open_image()
@@ -53,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GuestFailed as error:
         say(str(error))
         return 1
-    say(f"{'passed' if code == 0 else f'failed with {code}'}; results in {results}")
+    spent, used = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = f"{spent / 60:.1f} minutes, {(used.ru_utime + used.ru_stime) / 60:.1f} of processor time"
+    say(f"{'passed' if code == 0 else f'failed with {code}'} in {took}; results in {results}")
     return code
 
 
