@@ -253,7 +253,7 @@ class Sandboxes:
     async def _require_room(self, *, is_new: bool) -> None:
         """Room for one more: a warm sandbox gives way to a session, and an idle session to one that is not. Raises CapacityReached."""
         while not self._count_room() and not self._evict():
-            if not await self._relieve(is_new):
+            if not await self._pool.settle() and not await self._relieve(is_new):
                 self._counts["refused_capacity"] += 1
                 raise CapacityReached(
                     f"Sandbox capacity reached: all {self._maximum} are in use. End or pause a session, or raise max_sandboxes"

@@ -50,7 +50,8 @@ class WarmPool:
         self._start, self._tasks = start, tasks
         self._pace, self._room, self._is_busy = pace, room, is_busy
         self._ready: deque[Sandbox] = deque()
-        self._changed = asyncio.Event()
+        self._changed, self._at_rest = asyncio.Event(), asyncio.Event()
+        self._at_rest.set()
         self._failures = 0
 
     def __len__(self) -> int:
@@ -83,6 +84,13 @@ class WarmPool:
         _ = self._tasks.start(victim.stop(grace=0), f"evict warm sandbox {victim.id}")
         return victim
 
+    async def settle(self) -> bool:
+        """Wait for the starts that are under way: what comes of them can be evicted. False when there are none."""
+        if self._at_rest.is_set():
+            return False
+        await self._at_rest.wait()
+        return True
+
     def forget(self, sandbox: Sandbox) -> None:
         """One that has ended."""
         with contextlib.suppress(ValueError):
@@ -99,7 +107,11 @@ class WarmPool:
                 if self._ready:  # whoever took the last one is still busy with it; another waits, so there is time
                     await asyncio.sleep(REFILL_DELAY)
             elif not await self._give_way():
-                started = await asyncio.gather(*(self._add() for _ in range(count)))
+                self._at_rest.clear()
+                try:
+                    started = await asyncio.gather(*(self._add() for _ in range(count)))
+                finally:
+                    self._at_rest.set()
                 await asyncio.sleep(self._pause(all(started)))
 
     async def _give_way(self) -> bool:

@@ -28,7 +28,8 @@ fields = st.dictionaries(st.sampled_from(FIELDS), words | values, max_size=5)
 heads = st.fixed_dictionaries({"ev": st.sampled_from([*protocol.EVENTS, "x"]), "n": st.integers(-1, 5) | scalars})
 # Whole events too, which random fields would hardly ever make.
 wholes = st.sampled_from([
-    {"turn_id": "t1", "data": {}}, {"turn_id": "t1", "status": "completed"}, {"command_id": 2}, {"error": "x"}, {"level": "info", "text": "x"},
+    {"turn_id": "t1", "data": {}}, {"turn_id": "t1", "status": "completed"}, {"command_id": 2}, {"error": "x"},
+    {"level": "info", "text": "x"},
     {"command_id": 2, "exit_code": 0, "stdout": "", "stderr": "", "timed_out": False, "truncated": False},
 ])  # fmt: skip
 messages = st.builds(lambda head, whole, more: {**whole, **more, **head}, heads, wholes, fields)

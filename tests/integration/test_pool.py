@@ -144,6 +144,16 @@ async def test_a_full_server_asks_for_room_and_takes_it(pool: Pool) -> None:
     assert not pool.session_dir("refused").exists()
 
 
+async def test_a_warm_sandbox_that_is_being_started_gives_way_too(pool: Pool) -> None:
+    await full(pool)
+    taken = [await pool.take() for _ in range(3)]
+    pool._pool._changed.set()
+    await until(lambda: pool.status().warm + pool.status().starting == 1)
+    taken.append(await pool.take())
+    assert len({sandbox.id for sandbox in taken}) == 4
+    assert pool.status().total <= 4
+
+
 async def test_more_starts_than_can_wait_are_refused_and_the_others_go_on(pool: Pool) -> None:
     pool._turnstile = Turnstile(at_once=1, most_waiting=1, patience=10)
     mute = make_agent(pool.data_dir, "digest-2", MUTE="")
@@ -177,26 +187,25 @@ async def test_a_ticket_that_is_not_used_takes_nothing(pool: Pool) -> None:
 
 
 async def test_a_start_that_hangs_gets_a_second_one_and_nothing_of_it_stays(data_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    original = Sandbox.ready
+
+    async def ready(self: Sandbox) -> None:
+        started.append(self.id)
+        await (asyncio.Event().wait() if len(started) == 1 else original(self))
+
     monkeypatch.setattr("ash.sandbox.FIRST_PATIENCE", 0.2)
-    hung: list[str] = []
-
-    class Unlucky(Pool):
-        async def _start_beside(self, *arguments: object) -> Sandbox:
-            hung.extend(self._starter.alive)
-            self.session_dir("s1").joinpath("agent", "MUTE").unlink()
-            return await super()._start_beside(*arguments)  # type: ignore[arg-type]
-
-    async with Unlucky(data_dir, bridge_source=FAKE_BRIDGE) as pool:
+    async with open_pool(data_dir, bridge_source=FAKE_BRIDGE) as pool:
         require_isolation(pool)
         before = descriptors()
-        sandbox = await pool.take("s1", agent=make_agent(data_dir, "digest-2", MUTE=""))
-        assert len(hung) == 1
-        assert sandbox.id not in hung
-        assert (await sandbox.exec("echo fine")).stdout == "fine\n"
+        monkeypatch.setattr(Sandbox, "ready", ready)
+        sandbox = await pool.take("s1")
+        assert started[1:] == [sandbox.id]
+        assert (await sandbox.exec("cat CLAUDE.md")).stdout == "be kind"
         await until(lambda: list(pool._starter.alive) == [sandbox.id])
         assert (pool.status().counts["second_starts"], pool.status().running) == (1, 1)
         if sandbox.handle.uid is not None:
-            assert pool._uids._held == {sandbox.id: sandbox.handle.uid}
+            await until(lambda: pool._uids._held == {sandbox.id: sandbox.handle.uid})
         await sandbox.stop(grace=0)
         await gone(pool, before)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from ash.errors import IsolationUnavailable
-from ash.isolation import bwrap, checks, delegation, host, machine
+from ash.isolation import bwrap, checks, delegation, host, machine, prepare
 from ash.isolation.cgroup import CONTROLLERS
+from ash.isolation.folders import Folders
 from ash.isolation.machine import Finding
 from ash.isolation.prepare import Choices
 from ash.isolation.records import Limits
@@ -192,3 +193,15 @@ def test_in_brief_only_what_is_missing_is_said(tmp_path: Path) -> None:
     assert "memory" in said
     assert "somebody else has it" in said
     assert "ash doctor" in said
+
+
+async def test_a_start_says_in_brief_what_it_found(data_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "brief", lambda folder, missing: [f"little is left in {folder}"])
+    places = Folders(data_dir)
+    places.open()
+    try:
+        isolation = await prepare.prepare("none", places, LIMITS, Choices())
+        isolation.close()
+    finally:
+        places.close()
+    assert f"little is left in {data_dir}" in isolation.warnings()

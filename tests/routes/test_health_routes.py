@@ -120,3 +120,12 @@ async def test_metrics_tell_who_was_refused_and_who_gave_way(
     assert (found['ash_starts_refused_total{reason="memory"}'], found['ash_starts_refused_total{reason="disk"}']) == (3, 0)
     assert (found["ash_second_starts_total"], found["ash_pool_evictions_total"], found["ash_starts_waiting"]) == (2, 4, 5)
     assert (found["ash_hibernations_for_room_total"], found['ash_start_seconds{quantile="0.5"}']) == (1, 0.25)
+
+
+@pytest.mark.parametrize(("setting", "is_warned"), [("0", False), ("1", True)])
+async def test_health_warns_when_programs_may_trace_each_other(
+    setting: str, is_warned: bool, start_server: Callable[..., Awaitable[Server]]
+) -> None:
+    server = await start_server(sandbox_ptrace=setting)
+    warnings = (await server.call("GET", "/health"))["warnings"]
+    assert any("--sandbox-ptrace" in warning for warning in warnings) is is_warned

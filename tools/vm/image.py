@@ -5,6 +5,7 @@ Boots nothing. What it installs, as root and only when it is missing, is named i
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -109,20 +110,22 @@ def leave_out(lock: str, names: set[str]) -> str:
     return "".join(kept)
 
 
-def _made(kind: str, digest: str, make: Callable[[Path], None]) -> Path:
+def _made(kind: str, digest: str, make: Callable[[Path], object]) -> Path:
     """The cached folder for a digest; made beside it and renamed, so that it is there whole or not at all. Older ones are removed."""
     folder = _cached(kind, digest)
-    if folder.exists():
-        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
-    try:
-        make(building)
-        for old in folder.parent.glob(f"{kind}-*"):
-            shutil.rmtree(old)
-        building.rename(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    with (folder.parent / f"{kind}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second finds what the first has made
+        if folder.exists():
+            return folder
+        building = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder.parent))
+        try:
+            _ = make(building)
+            for old in folder.parent.glob(f"{kind}-*"):
+                shutil.rmtree(old)
+            building.rename(folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
     return folder
 
 
