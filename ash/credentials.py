@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -35,6 +35,9 @@ MASTER_KEY_FILE = "master.key"
 MIN_SECRET = 8
 """Characters. What is shorter could not be kept from coming back in answers without spoiling them."""
 MAX_SECRET = 16 * 1024
+MAX_OF_TENANT = 1000
+MAX_OF_AGENT = 32
+"""Each of them is opened for every session of the agent, and looked for in what hosts answer."""
 INACCESSIBLE = "Invalid or inaccessible credential"
 
 _MIN_KEY = 32
@@ -85,7 +88,7 @@ class Credentials:
         self._key_path = master_key_file or os.path.join(data_dir, MASTER_KEY_FILE)
         self._is_own_key = not master_key_file
         self._key: bytes | None = None
-        self._lock = asyncio.Lock()
+        self._lock, self._storing = asyncio.Lock(), asyncio.Lock()
         self._deleted: set[str] = set()
 
     # Records
@@ -97,21 +100,13 @@ class Credentials:
         if bound.agent is not None:
             _ = await self._store.get_agent(tenant_id, bound.agent)
         credential = Credential(models.new_id(), tenant_id, type, label, *bound, models.now())
-        await self._check_unambiguous(credential)
-        key = await self._master_key(create=True)
-        await self._store.add_credential(credential, await asyncio.to_thread(_seal, key, credential, secret))
+        async with self._storing:
+            stored = await self._store.list_credentials(tenant_id)
+            _check_number(credential, stored)
+            _check_unambiguous(credential, stored)
+            key = await self._master_key(create=True)
+            await self._store.add_credential(credential, await asyncio.to_thread(_seal, key, credential, secret))
         return credential
-
-    async def _check_unambiguous(self, new: Credential) -> None:
-        """The database holds this as well; here it can be said what is in the way."""
-        for old in await self._store.list_credentials(new.tenant_id):
-            if new.agent is None or old.agent != new.agent:
-                continue
-            if old.host == new.host and (old.header or "").lower() == (new.header or "").lower():
-                what = f"{new.header} at {new.host}" if new.host else "the model"
-                raise Conflict(f"agent {new.agent} has a credential for {what} already ({old.id}); delete that one first")
-            if new.variable is not None and old.variable == new.variable:
-                raise Conflict(f"agent {new.agent} has a credential in the variable {new.variable} already ({old.id})")
 
     async def list(self, tenant_id: str) -> list[Credential]:
         return await self._store.list_credentials(tenant_id)
@@ -269,6 +264,25 @@ def _check_secret(type: str, secret: Secret) -> None:
         raise InvalidRequest(f"key must have {MIN_SECRET} to {MAX_SECRET:,} characters; it has {len(text):,}")
     if type != BEDROCK and not _PRINTABLE.fullmatch(text):  # Bedrock's is JSON
         raise InvalidRequest("key must be printable ASCII without spaces at its ends: it has to fit into a header")
+
+
+def _check_number(new: Credential, stored: Sequence[Credential]) -> None:
+    if len(stored) >= MAX_OF_TENANT:
+        raise Conflict(f"there are {MAX_OF_TENANT} credentials, which is as many as there may be; delete some first")
+    if new.agent is not None and sum(old.agent == new.agent for old in stored) >= MAX_OF_AGENT:
+        raise Conflict(f"agent {new.agent} has {MAX_OF_AGENT} credentials, which is as many as it may have; delete some first")
+
+
+def _check_unambiguous(new: Credential, stored: Sequence[Credential]) -> None:
+    """The database holds this as well; here it can be said what is in the way."""
+    for old in stored:
+        if new.agent is None or old.agent != new.agent:
+            continue
+        if old.host == new.host and (old.header or "").lower() == (new.header or "").lower():
+            what = f"{new.header} at {new.host}" if new.host else "the model"
+            raise Conflict(f"agent {new.agent} has a credential for {what} already ({old.id}); delete that one first")
+        if new.variable is not None and old.variable == new.variable:
+            raise Conflict(f"agent {new.agent} has a credential in the variable {new.variable} already ({old.id})")
 
 
 def _checked(type: str, binding: Binding) -> Binding:

@@ -427,7 +427,10 @@ class Sandboxes:
     # What others left
 
     async def copy_folder(self, source: str, target: str) -> None:
-        """A second session's folder with a copy of the first one's files, for a fork. Follows no link."""
+        """A second session's folder with a copy of the first one's files, for a fork. Follows no link. Raises Overloaded."""
+        if self._headroom.read().disk_mb < self._headroom.min_disk_mb:
+            self._counts["refused_disk"] += 1
+            raise Overloaded(f"{_SHORTAGES['disk']}; try again in a moment", retry_after=_SHORTAGE_SECONDS)
         id = models.new_id()
         uid = self._uids.take(id) if self._kind == "bwrap" and os.geteuid() == 0 else None
         try:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import BinaryIO, cast
 
@@ -20,6 +21,8 @@ SKIPPED = frozenset(("node_modules", ".git", "__pycache__"))
 HIDDEN = frozenset((".cache", ".npm", ".pnpm-store", ".yarn", ".venv", "venv", ".tmp", "tmp"))
 MOST_ARCHIVES = 8
 """Archives on the server's disk at once, those that somebody still sends or fetches included."""
+MOST_OF_TENANT = 4
+"""Of those: who sends or fetches very slowly must not keep all others out."""
 _CONCURRENT = 2
 """Archives made or taken at once, and folders listed: each keeps a thread and the disk busy, and others need both."""
 _WAIT, _RETRY_AFTER = 30.0, 5.0
@@ -32,6 +35,7 @@ class Workspaces:
         self._store, self._config, self._limits_of = store, config, limits_of
         self._packing, self._listing = asyncio.Semaphore(_CONCURRENT), asyncio.Semaphore(_CONCURRENT)
         self._archives = 0
+        self._archives_of: Counter[str] = Counter()
 
     async def list(self, tenant_id: str, id: str, *, hidden: bool = True) -> tuple[list[File], bool]:
         """The files by path, and whether there are more than are shown."""
@@ -66,19 +70,21 @@ class Workspaces:
             return await asyncio.to_thread(unpack, self._folder(session), source, self._budget(session))
 
     @contextlib.contextmanager
-    def archive(self) -> Iterator[BinaryIO]:
+    def archive(self, tenant_id: str) -> Iterator[BinaryIO]:
         """A file without a name for one archive, on the disk of the data folder: /tmp may be memory.
 
         Closing it ends whoever still reads or writes it in a thread.
         """
-        if self._archives >= MOST_ARCHIVES:
+        if self._archives >= MOST_ARCHIVES or self._archives_of[tenant_id] >= MOST_OF_TENANT:
             raise Overloaded("The server has as many archives under way as it takes; try again in a moment", retry_after=_RETRY_AFTER)
         self._archives += 1
+        self._archives_of[tenant_id] += 1
         try:
             with tempfile.TemporaryFile(dir=self._config.data_dir) as file:
                 yield cast("BinaryIO", file)
         finally:
             self._archives -= 1
+            self._archives_of[tenant_id] -= 1
 
     def _folder(self, session: Session) -> str:
         return os.path.join(self._config.data_dir, "sessions", session.id)

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 
 from ash.agents import Agents
-from ash.attack import outside
+from ash.attack import campaign, outside
 from ash.attack.campaign import ATTACKS
 from ash.attack.outside import DEEDS, Inapplicable
-from ash.attack.probes import ATTACKER, FACTS, PROBES
+from ash.attack.probes import ATTACKER, FACTS, LIMITED, PROBES, Probe
 from ash.attack.report import FAIL, NOT_APPLICABLE, PASS, Report, Result, judge, select
 from ash.attack.scene import SECRET, Ran, Scene, Target, Tenant
 from ash.attack.wire import Caller
 from ash.auth import Guard
+from ash.errors import AshError, ConnectionFailed, ProtocolError
 from ash.keys import Keys
 from ash.models import DEFAULT_TENANT
 from ash.remote.server import parse_server
@@ -204,3 +205,21 @@ def test_a_report_is_dated_and_counts_in_both_forms() -> None:
     assert page.index("| fail |") < page.index("| not applicable |") < page.index("| pass |")
     assert "a \\| layer" in page
     assert "why not" in page
+
+
+# What shows nothing
+
+
+@pytest.mark.parametrize(("session", "error", "verdict"), [
+    (LIMITED, ProtocolError("the server answered 500: the sandbox ran out of memory"), PASS),
+    (LIMITED, ConnectionFailed("no server answers"), FAIL), (ATTACKER, ProtocolError("the server answered 500: it died"), FAIL),
+])  # fmt: skip
+async def test_a_probe_that_could_not_be_run_counts_only_where_the_sandbox_was_to_end(
+    session: str, error: AshError, verdict: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any, **named: Any) -> Ran:
+        raise error
+
+    monkeypatch.setattr(scene, "run", fail)
+    scene.health, scene.sessions = {"isolation": "bwrap"}, dict.fromkeys((ATTACKER, LIMITED), "x")
+    assert campaign._probe(scene, Probe("a probe", "a layer", "true", session=session))[0] == verdict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ash import credentials
 from ash.config import Secret
 from ash.credentials import MASTER_KEY_FILE, Binding, Credentials
 from ash.errors import AgentNotFound, Conflict, CredentialNotFound, CredentialUnusable, InvalidRequest
@@ -169,6 +171,19 @@ async def test_an_unknown_agent_is_told_and_a_second_credential_for_the_same_pla
 
 
 # Who may use it
+
+
+async def test_neither_an_agent_nor_a_tenant_gets_more_than_a_session_can_open(vault: Credentials, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(credentials, "MAX_OF_AGENT", 2)
+    monkeypatch.setattr(credentials, "MAX_OF_TENANT", 3)
+    made = await asyncio.gather(
+        *(make(vault, Binding("helper", f"h{number}.test", template="{value}")) for number in range(5)), return_exceptions=True
+    )
+    assert [isinstance(each, Conflict) for each in made] == [False, False, True, True, True]
+    await make(vault, GITHUB._replace(agent="other"))
+    with pytest.raises(Conflict, match="3 credentials"):
+        await make(vault, GITHUB._replace(agent=None))
+    await make(vault, GITHUB._replace(agent=None), type="custom", tenant="another")
 
 
 async def test_only_sessions_of_its_agent_and_tenant_get_a_credential(vault: Credentials) -> None:

@@ -11,7 +11,7 @@ from ash.attack.outside import DEEDS, Deed, Inapplicable
 from ash.attack.probes import LIMITED, PROBES, Probe
 from ash.attack.report import FAIL, NOT_APPLICABLE, PASS, Report, Result, judge, shorten
 from ash.attack.scene import Scene, Target
-from ash.errors import AshError
+from ash.errors import AshError, ConnectionFailed
 from ash.models import now
 
 Attack = Probe | Deed
@@ -44,8 +44,9 @@ def _probe(scene: Scene, probe: Probe) -> tuple[str, str]:
     try:
         ran = scene.run(scene.sessions[probe.session], probe.fill(scene.facts))
     except AshError as error:
-        # A sandbox that is ended because it took too much has been stopped. Any other end shows nothing.
-        return (PASS, f"the sandbox was ended: {shorten(str(error))}") if probe.session == LIMITED else (FAIL, _unshown(error))
+        # A sandbox that the server ended because it took too much has been stopped. Any other end, the server's own too, shows nothing.
+        is_ended = probe.session == LIMITED and not isinstance(error, ConnectionFailed)
+        return (PASS, f"the sandbox was ended: {shorten(str(error))}") if is_ended else (FAIL, _unshown(error))
     return judge(ran.exit_code, ran.stdout, ran.stderr)
 
 

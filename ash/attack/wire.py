@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from ash.errors import ConnectionFailed, ProtocolError
@@ -26,8 +27,14 @@ class Answer(NamedTuple):
         """The object in the body. Raises ProtocolError for anything but an answer that was given."""
         found = json.loads(self.text) if self.is_given and self.text.startswith("{") else None
         if not isinstance(found, dict):
-            raise ProtocolError(f"the server answered {self.status}: {self.text[:200]}")
+            raise ProtocolError(f"the server answered {self.status}: {self._explained()}")
         return found
+
+    def _explained(self) -> str:
+        """What an error answer says, in the shape of the API or as it is."""
+        with suppress(ValueError, TypeError, KeyError):
+            return str(json.loads(self.text)["error"])
+        return self.text[:200]
 
 
 class Caller:

@@ -41,24 +41,30 @@ OWN = "this machine's own"
 
 def classify(address: Address) -> str | None:
     """The kind of an address that is not the open internet's; None for one that is."""
-    if address in METADATA:
+    if address in METADATA or _unwrapped(address) in METADATA:
         return "metadata service"
     kind = next((kind for network, kind in _SPECIAL if address.version == network.version and address in network), None)
     if kind is not None or address.version == 4:
         return kind
     if address in _NAT64:
-        return classify(_behind_nat64(address))
+        return classify(_unwrapped(address))
     return None if address in _INTERNET6 else "reserved"
 
 
-def _behind_nat64(address: Address) -> Address:
-    """Where only IPv6 is spoken, the internet's IPv4 addresses are seen behind a prefix."""
-    return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else address
+def _unwrapped(address: Address) -> Address:
+    """The IPv4 address that an IPv6 one stands for: mapped, or behind the prefix where only IPv6 is spoken. Else the address itself."""
+    is_wrapped = isinstance(address, ipaddress.IPv6Address) and (address in _NAT64 or address.ipv4_mapped is not None)
+    return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if is_wrapped else address
+
+
+def find_forms(address: Address) -> tuple[Address, ...]:
+    """The address, and the one that it stands for: a rule against one is against both."""
+    return tuple(dict.fromkeys((address, _unwrapped(address))))
 
 
 def find_fault(address: Address, exceptions: Sequence[Network]) -> str | None:
     """Why an address is not to be reached: its kind. None when it may be."""
-    kind = classify(address) or (OWN if is_own(_behind_nat64(address)) else None)
+    kind = classify(address) or (OWN if is_own(_unwrapped(address)) else None)
     if kind is None or any(_opens(network, address, kind) for network in exceptions):
         return None
     return kind
@@ -72,6 +78,8 @@ def _opens(network: Network, address: Address, kind: str) -> bool:
 
 def is_own(address: Address) -> bool:
     """Whether this machine itself has the address: the kernel would speak from it to it. Nothing is sent."""
+    if address.is_unspecified:  # who connects there gets to loopback
+        return True
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -89,7 +97,7 @@ def parse_answers(answers: Sequence[str]) -> list[Address]:
 class SystemResolver:
     """Asks this machine's resolver, in a few threads of its own: names that nobody answers for must not hold up anything else."""
 
-    def __init__(self, threads: int = 8) -> None:
+    def __init__(self, threads: int = 32) -> None:
         self._threads = ThreadPoolExecutor(threads, "egress-dns")
 
     async def __call__(self, name: str) -> list[str]:

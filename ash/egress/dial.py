@@ -7,19 +7,22 @@ import os
 import socket
 from collections.abc import Collection
 
-from ash.egress.addresses import Resolve, find_fault, is_own, parse_answers
+from ash.egress.addresses import Resolve, find_fault, find_forms, is_own, parse_answers
 from ash.egress.rules import Address, EgressPolicy, networks, rule_set, shown
 from ash.errors import EgressRefused, Timeout, UpstreamError
+from ash.tasks import Tasks
 
 MAX_TRIES = 4
 """Addresses of one name that are tried."""
+MAX_ANSWERS = 32
+"""Addresses of one name that are looked at: whoever owns the name may give thousands, and each is checked."""
 
 
 class Dialer:
     """Connects. `own_ports` are those of this server, which no exception of the policy opens."""
 
-    def __init__(self, resolve: Resolve, own_ports: Collection[int]) -> None:
-        self._resolve, self._own_ports = resolve, own_ports
+    def __init__(self, resolve: Resolve, own_ports: Collection[int], tasks: Tasks) -> None:
+        self._resolve, self._own_ports, self._tasks = resolve, own_ports, tasks
 
     async def connect(self, host: str | Address, port: int, policy: EgressPolicy, lookups: asyncio.Semaphore) -> socket.socket:
         """A connected socket. Raises EgressRefused, UpstreamError, Timeout."""
@@ -38,25 +41,38 @@ class Dialer:
             raise Timeout(f"{target} did not answer within {policy.connect_seconds:g} s") from error
 
     async def _look_up(self, name: str, lookups: asyncio.Semaphore) -> list[Address]:
+        await lookups.acquire()
+        asking = self._tasks.start(self._ask(name, lookups), "resolve a name")
         try:
-            async with lookups:
-                addresses = parse_answers(await self._resolve(name))
+            found = await asyncio.shield(asking)
+            if isinstance(found, Exception):
+                raise found
+            addresses = parse_answers(found[:MAX_ANSWERS])
         except (OSError, ValueError) as error:
             raise UpstreamError(f"{name} cannot be resolved: {getattr(error, 'strerror', None) or error}") from error
         if not addresses:
             raise UpstreamError(f"{name} cannot be resolved: it has no address")
         return addresses
 
+    async def _ask(self, name: str, lookups: asyncio.Semaphore) -> list[str] | OSError | ValueError:
+        """Gives the place in `lookups` back when the resolver is done, not when nobody waits any more: its thread is busy until then."""
+        try:
+            return await self._resolve(name)
+        except (OSError, ValueError) as error:
+            return error
+        finally:
+            lookups.release()
+
     def _check(self, target: str, address: Address, port: int, policy: EgressPolicy) -> None:
         """One bad address spoils a name: a name that stands for both may be somebody's way in."""
-        if rule_set(policy.deny).denies(address, port):
+        if any(rule_set(policy.deny).denies(form, port) for form in find_forms(address)):
             hint = "The operator can take it out of `deny` under [egress] in policy.toml."
             raise EgressRefused(f"{target} leads to an address that is denied by the operator's policy", reason="denied", hint=hint)
         fault = find_fault(address, networks(policy.allow_private))
         if fault is not None:
             hint = "Only the operator can open it, by `allow_private` under [egress] in policy.toml."
             raise EgressRefused(f"{target} leads to a {fault} address", reason="address", hint=hint)
-        if port in self._own_ports and (address.is_loopback or is_own(address)):
+        if port in self._own_ports and any(form.is_loopback or is_own(form) for form in find_forms(address)):
             raise EgressRefused(f"{target} is this server itself", reason="server", hint="No setting opens it.")
 
 

@@ -15,9 +15,11 @@ from typing import Any
 import h11
 
 from ash.egress.forward import passed_on
+from ash.egress.front import next_event
 from ash.egress.injection import HTTPS, BoundCredential, Header, inject
 from ash.egress.redaction import Redactor, needles
 from ash.egress.rules import parse_host, shown
+from ash.egress.streams import give_way
 from ash.egress.tls import TlsStream
 from ash.errors import AshError, InvalidRequest, UpstreamError
 from ash.tasks import Tasks
@@ -45,7 +47,7 @@ class Peer:
 
     async def event(self) -> Any:
         """Raises h11.RemoteProtocolError."""
-        while (event := self.http.next_event()) is h11.NEED_DATA:
+        while (event := next_event(self.http)) is h11.NEED_DATA:
             self.http.receive_data(await self.receive())
         return event
 
@@ -189,6 +191,7 @@ class Exchange:
             try:
                 while isinstance(event := await self._inside.event(), h11.Data):
                     await outside.send(h11.Data(data=event.data))
+                    await give_way()
             except h11.RemoteProtocolError:
                 outside.abort()  # the host must not wait for the rest, nor take it for whole
             else:
@@ -209,6 +212,7 @@ class Exchange:
                 event = await outside.event()
             if isinstance(event, h11.InformationalResponse):
                 await self._inform(event, outside)
+                await give_way()
             elif isinstance(event, h11.Response):
                 await self._answer(event, outside)
             else:
@@ -256,6 +260,7 @@ class Exchange:
         while isinstance(event := await outside.event(), h11.Data):
             for piece in unpacker.feed(event.data) if unpacker else (bytes(event.data),):
                 await self._send_data(redactor.feed(piece))
+                await give_way()
             if redactor.holds and not outside.http.trailing_data[0] and await outside.is_silent(HOLD_SECONDS):
                 await self._send_data(redactor.flush())
         if isinstance(event, h11.EndOfMessage):

@@ -10,9 +10,9 @@ from typing import Any
 
 import h11
 
-from ash.egress.front import Front, Target
+from ash.egress.front import Front, Target, next_event
 from ash.egress.rules import shown
-from ash.egress.streams import CHUNK, Pair, Watch, watched
+from ash.egress.streams import CHUNK, Pair, Watch, give_way, watched
 from ash.errors import InvalidRequest, UpstreamError
 
 MAX_ANSWER_HEAD = 128 * 1024
@@ -81,6 +81,7 @@ class _Exchange:
             event = await self._front.event()
             if isinstance(event, h11.Data):
                 await self.write(h11.Data(data=event.data))
+                await give_way()
             elif isinstance(event, h11.EndOfMessage):
                 await self.write(h11.EndOfMessage())
                 return
@@ -95,16 +96,19 @@ class _Exchange:
                 await self._front.send(_response(event))
             elif isinstance(event, h11.Data):
                 await self._front.send(h11.Data(data=event.data))
+                await give_way()
             elif isinstance(event, h11.EndOfMessage):
                 await self._front.send(h11.EndOfMessage())
                 self.is_complete = True
                 return
-            elif not isinstance(event, h11.InformationalResponse):
+            elif isinstance(event, h11.InformationalResponse):
+                await give_way()
+            else:
                 raise UpstreamError("the host closed the connection without an answer")
 
     async def _event(self) -> Any:
         try:
-            while (event := self._http.next_event()) is h11.NEED_DATA:
+            while (event := next_event(self._http)) is h11.NEED_DATA:
                 self._http.receive_data(await self._reader.read(CHUNK))
         except h11.RemoteProtocolError as error:
             raise UpstreamError(f"the host's answer is not HTTP: {error}") from error

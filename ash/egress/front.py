@@ -17,6 +17,8 @@ from ash.errors import AshError, EgressRefused, InvalidRequest, Timeout
 
 MAX_HEAD = 32 * 1024
 """Bytes of a request's line and headers."""
+MAX_LINES = 300
+"""Of any head. One of very many short lines would take long to read, and nothing else could be done meanwhile."""
 HEAD_SECONDS = 15.0
 """From the connection, or from the answer before, to the end of a request's head."""
 LINGER_SECONDS = 1.0
@@ -24,6 +26,7 @@ LINGER_SECONDS = 1.0
 _LINGER_BYTES = 1024 * 1024
 _ABSOLUTE = re.compile(r"http://(?P<authority>[^/?#]*)(?P<path>[^#]*)", re.IGNORECASE)
 _AUTHORITY = re.compile(r"(?:\[(?P<bracket>[0-9A-Fa-f:.]+)\]|(?P<plain>[^:@\[\]]+))(?::(?P<port>[0-9]*))?")
+_BLANK_LINE = re.compile(rb"\n\r?\n")
 TUNNEL_OPEN = b"HTTP/1.1 200 Connection established\r\n\r\n"
 
 
@@ -63,7 +66,7 @@ class Front:
     async def event(self) -> Any:
         """The next event of the request. Raises InvalidRequest for what is not HTTP."""
         try:
-            while (event := self.http.next_event()) is h11.NEED_DATA:
+            while (event := next_event(self.http)) is h11.NEED_DATA:
                 # In small bites as long as it is a head, which h11 then refuses before it has become too long.
                 self.http.receive_data(await self.reader.read(MAX_HEAD // 4 if self.http.their_state is h11.IDLE else CHUNK))
         except h11.RemoteProtocolError as error:
@@ -118,6 +121,15 @@ class Front:
             self._has_answered = False
             return True
         return False
+
+
+def next_event(http: h11.Connection) -> Any:
+    """h11's next event. Raises h11.RemoteProtocolError for a head with too many lines, before it is parsed."""
+    if http.their_state in (h11.IDLE, h11.SEND_RESPONSE):
+        held = http.trailing_data[0]
+        if held.count(b"\n") > MAX_LINES and _BLANK_LINE.split(held, 1)[0].count(b"\n") > MAX_LINES:
+            raise h11.RemoteProtocolError(f"it has more than {MAX_LINES} headers", error_status_hint=431)
+    return http.next_event()
 
 
 def _check(request: h11.Request) -> None:

@@ -105,11 +105,11 @@ class Egress:
         self._policy_of, self._record, self._interceptors = policy_of, record, interceptors
         self._resolver = SystemResolver() if resolve is None else None
         self._own_ports: set[int] = set()
-        self._dialer = Dialer(resolve or self._resolver or SystemResolver(), self._own_ports)
+        self._tasks, self._lookups = Tasks(), Tasks()
+        self._dialer = Dialer(resolve or self._resolver or SystemResolver(), self._own_ports, self._lookups)
         self._gates: dict[str, _Gate] = {}
         self._of_session: dict[str, _Gate] = {}
         self._totals = Totals()
-        self._tasks = Tasks()
 
     async def __aenter__(self) -> Egress:
         return self
@@ -119,6 +119,7 @@ class Egress:
             await self.close(sandbox_id)
         await self._tasks.wait(timeout=_END_SECONDS)
         await self._tasks.cancel()
+        await self._lookups.cancel()
         if self._resolver is not None:
             self._resolver.close()
 

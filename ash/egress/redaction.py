@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import html
 import json
-import re
 from collections.abc import Iterable
 from urllib.parse import quote
 
@@ -43,7 +42,6 @@ class Redactor:
 
     def __init__(self, forms: Iterable[bytes]) -> None:
         self._forms = sorted(forms, key=len, reverse=True)
-        self._pattern = re.compile(b"|".join(map(re.escape, self._forms))) if self._forms else None
         self._kept = len(self._forms[0]) - 1 if self._forms else 0
         self._held = b""
 
@@ -64,6 +62,7 @@ class Redactor:
 
     def redact(self, data: bytes) -> bytes:
         """One whole text."""
-        if self._pattern is None or not any(form in data for form in self._forms):  # many times as fast as the pattern
-            return data
-        return self._pattern.sub(lambda match: FILL * len(match.group()), data)
+        for form in self._forms:  # no pattern of them all: for a long secret it takes a second to make
+            if form in data:
+                data = data.replace(form, FILL * len(form))
+        return data

@@ -18,6 +18,8 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 WEB_PORTS = frozenset((80, 443))
 """What a rule without a port allows."""
 MAX_RULE = 300
+MAX_RULES = 1000
+"""Of one list of an agent: all of them are looked at for each connection."""
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMERIC = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _PORT = re.compile(r"[0-9]{1,5}")
@@ -248,9 +250,11 @@ def _not_allowed(host: str | Address, port: int, rules: RuleSet, owner: str, whe
 
 def check_rules(texts: Iterable[object], complain: Callable[[str], Exception]) -> tuple[str, ...]:
     """The rules as text, each checked; raises what `complain` makes of the first problem."""
-    found = []
+    found: list[str] = []
     for text in texts:
         try:
+            if len(found) >= MAX_RULES:
+                raise ValueError(f"there are more than {MAX_RULES} rules; use patterns like *.example.com")
             if not isinstance(text, str):
                 raise ValueError(f"{text!r:.80} is not text; put it in quotes")
             found.append(parse_rule(text).text)

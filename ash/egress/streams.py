@@ -129,6 +129,11 @@ async def close(writer: asyncio.StreamWriter) -> None:
         writer.transport.abort()
 
 
+async def give_way() -> None:
+    """Let others have their turn. What was received at once may hold thousands of small pieces, which nothing else would interrupt."""
+    await asyncio.sleep(0)
+
+
 class Ended(Exception):
     """A connection has had its time, or is no longer allowed."""
 

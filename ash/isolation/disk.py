@@ -15,8 +15,10 @@ import resource
 import signal
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from ash.isolation import folders, launch
@@ -32,8 +34,12 @@ FASTEST_BYTES, FASTEST_FILES = 1_000_000_000, 100_000
 """What a sandbox is thought to write per second at most: a measurement comes before it could have used up what is left."""
 SHORTEST, LONGEST = 0.2, 10.0
 """Seconds between two measurements."""
+HOST_SHORTEST = 1.0
+"""As `SHORTEST`, where it is only the host's disk that is nearly full: then every sandbox looks that often."""
 PATIENCE = 20
 """A measurement that takes long is repeated after this many times its own length: it must not cost more than a twentieth of a CPU."""
+HELD_PATIENCE = 2
+"""As `PATIENCE`, for a sandbox that is held: its tools stand still meanwhile, and need time to tidy up."""
 BUSY = 0.02
 """Seconds of CPU time since the last measurement below which nothing worth measuring can have been written."""
 RELEASE = 0.95
@@ -48,6 +54,8 @@ _ATTEMPTS = 5
 _HOST_DISK = "the server's disk is nearly full (min_free_disk_mb): nothing can be written until space is free again"
 _ROUNDS = 5
 _CAN_RAISE = 1 << 24  # CAP_SYS_RESOURCE
+_THREADS = ThreadPoolExecutor(4, thread_name_prefix="ash-disk")
+"""Of their own: folders that take long to measure must not keep the server's other work from its threads."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -56,6 +64,11 @@ class Tree(NamedTuple):
 
     pid: int
     has_namespace: bool
+    start_time: int | None = None
+    """When given, the pid is taken for this process only as long as it is the one that began then."""
+
+    def is_there(self) -> bool:
+        return self.start_time is None or launch.find_start_time(self.pid) == self.start_time
 
 
 def measure(folder: str) -> DiskUse:
@@ -93,20 +106,35 @@ def measure_moving(folder: str, tree: Tree, *, is_exact: bool = False) -> DiskUs
 
 
 def measure_removed(pids: Iterable[int], folder: str) -> int:
-    """Bytes of files that have no name any more and live because a process holds them open. Blocks."""
+    """Bytes of files that have no name any more and live because a process holds them open or mapped. Blocks."""
     try:
         device = os.stat(folder).st_dev
     except OSError:
         return 0
     found: dict[int, int] = {}
-    for pid in pids:
-        with contextlib.suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):
-                    state = os.stat(entry.path)
-                    if state.st_dev == device and state.st_nlink == 0 and stat.S_ISREG(state.st_mode):
-                        found[state.st_ino] = state.st_blocks * 512
+    for path in (path for pid in pids for path in _list_held(pid)):
+        with contextlib.suppress(OSError):
+            state = os.stat(path)
+            if state.st_dev == device and state.st_nlink == 0 and stat.S_ISREG(state.st_mode):
+                found[state.st_ino] = state.st_blocks * 512
     return sum(found.values())
+
+
+def _list_held(pid: int) -> Iterator[str]:
+    """A thread may have descriptors of its own, and a mapping holds its file without any."""
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                yield from (f"/proc/{pid}/task/{thread}/fd/{name}" for name in os.listdir(f"/proc/{pid}/task/{thread}/fd"))
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if line.endswith(" (deleted)\n"):
+                yield f"/proc/{pid}/map_files/{_without_zeros(line.split(maxsplit=1)[0])}"
+
+
+def _without_zeros(addresses: str) -> str:
+    """The kernel pads them in one place and not in the other."""
+    return "-".join(f"{int(word, 16):x}" for word in addresses.split("-"))
 
 
 def bind_folder(quota: ProjectQuota | None, folder: str, uid: int | None, limits: Limits) -> bool:
@@ -154,19 +182,23 @@ class Watcher:
         self.is_held = False
         self._is_full = False
         self._strikes = 0
+        self._held_at = DiskUse(0, 0)
+        self._host_left = 0
         self._cpu = -1.0
 
     async def run(self) -> None:
         while True:
             started = time.monotonic()
             try:
-                verdict = await asyncio.to_thread(self.check)
+                verdict = await asyncio.get_running_loop().run_in_executor(_THREADS, self.check)
             except OSError as error:
                 log.warning("the files of %s could not be measured: %s", self._folder(), error)
+            except Exception:  # the edge of the loop: whatever it is, a sandbox must not go on without its watcher
+                log.exception("the files of %s could not be measured", self._folder())
             else:
                 self._report(verdict)
             cost = time.monotonic() - started
-            await asyncio.sleep(max(self.interval(), SHORTEST if self.is_held else PATIENCE * cost))
+            await asyncio.sleep(max(self.interval(), (HELD_PATIENCE if self.is_held else PATIENCE) * cost))
 
     def _report(self, verdict: Verdict | None) -> None:
         if verdict is not None and verdict.is_news:
@@ -182,11 +214,15 @@ class Watcher:
             left.append(((limits.disk_mb << 20) - self.use.bytes) / FASTEST_BYTES)
         if limits.max_files:
             left.append((limits.max_files - self.use.files) / FASTEST_FILES)
-        return max(SHORTEST, min(left))
+        host = max(HOST_SHORTEST, self._host_left / FASTEST_BYTES) if self._min_free_mb else LONGEST
+        return max(SHORTEST, min(*left, host))
 
     def latest(self) -> DiskUse:
         """What was last measured, or what the kernel says now. Blocks."""
-        return self._read_quota() if self._read_quota is not None else self.use
+        if self._read_quota is not None:
+            with contextlib.suppress(OSError):  # then what it said last
+                return self._read_quota()
+        return self.use
 
     def check(self) -> Verdict | None:
         """Measure, unless nothing can have changed, and do what follows from it. Blocks."""
@@ -220,8 +256,14 @@ class Watcher:
 
     def _hold(self, limit: str, message: str, before: DiskUse) -> Verdict:
         is_news, self.is_held = not self.is_held, True
-        set_file_limit(self._tree.pid, 0)
-        has_grown = self.use.files > before.files or self.use.bytes > before.bytes + SLACK_BYTES
+        self._set_file_limit(0)
+        if is_news:
+            self._held_at = self.use
+        else:  # since it was held, not since the last look: who grows slowly grows too
+            before = self._held_at
+        has_grown = (limit == "files" and self.use.files > before.files) or self.use.bytes > before.bytes + SLACK_BYTES
+        if has_grown:
+            self._held_at = self.use
         if not is_news and limit != "host_disk":
             self._strikes += has_grown
         if has_grown and (limit == "files" or not is_news):  # empty files are made in spite of it, and some may lift a soft limit
@@ -249,11 +291,17 @@ class Watcher:
         if not self._min_free_mb:
             return False
         state = os.statvfs(self._folder())
-        return state.f_bavail * state.f_frsize < self._min_free_mb << 20
+        self._host_left = state.f_bavail * state.f_frsize - (self._min_free_mb << 20)
+        return self._host_left < 0
 
     def _release(self) -> None:
         self.is_held, self._strikes = False, 0
-        set_file_limit(self._tree.pid, self._limits.max_file_mb << 20)
+        self._set_file_limit(self._limits.max_file_mb << 20)
+
+    def _set_file_limit(self, size: int) -> None:
+        """A measurement may have outlasted the sandbox, and its pid be another's by now."""
+        if self._tree.is_there():
+            set_file_limit(self._tree.pid, size)
 
 
 def list_processes(pid: int) -> Iterator[int]:
@@ -335,11 +383,12 @@ def signal_tools(tree: Tree, number: signal.Signals) -> None:
     """To everything inside but the bridge and the namespace's first process: a running tool is stopped or fails, the session lives."""
     kept = {tree.pid}
     if tree.has_namespace and (children := launch.find_children(tree.pid)):
-        kept.add(min(children, key=lambda pid: (launch.find_start_time(pid) or 0, pid)))
+        # One that has ended has no start time, and must not be taken for the bridge.
+        kept.add(min(children, key=lambda pid: (launch.find_start_time(pid) or sys.maxsize, pid)))
     handles = {pid: handle for pid in list_processes(tree.pid) if pid not in kept and (handle := _open_process(pid)) is not None}
     try:
         # Listed again now that none of the handles can come to mean another process.
-        for pid in list_processes(tree.pid):
+        for pid in list(list_processes(tree.pid)) if tree.is_there() else ():
             if pid in handles:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(handles[pid], number)

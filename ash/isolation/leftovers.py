@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -19,8 +20,11 @@ from ash.isolation.cgroup import CgroupTree
 from ash.isolation.folders import Folders
 from ash.models import SandboxHandle
 
+log = logging.getLogger(__name__)
+
 HANDLE_FILE = "handle.json"
 BRIDGE_SOCKET = "bridge.sock"
+_HOLDER_ROUNDS = 10
 
 
 OWNED = {
@@ -76,26 +80,32 @@ async def reap(
     left = [handle for id, handle in found.items() if id not in own_ids() | spared]
     groups = {handle.id: cgroups.find_recorded(handle, cgroups.tag_of(places.data)) for handle in left}
     ended = await asyncio.gather(*(launch.end_leftover(handle.pid, handle.start_time, groups[handle.id]) for handle in left))
-    unseen = await asyncio.to_thread(_find_holders, places, lambda: own_ids() | spared)
-    await asyncio.gather(*(launch.end_leftover(pid, start_time, None) for pid, start_time in unseen))
+    ids = {os.path.basename(path) for path in await asyncio.to_thread(folders.subfolders, places.run)}
+    await end_holders(ids - own_ids() - spared)
     recorded = [(id, path) for id, path in groups.items() if path is not None]
     await asyncio.to_thread(_sweep, places, tree, recorded, shared, lambda: own_ids() | spared)
     return sum(ended)
 
 
-def _find_holders(places: Folders, keep_ids: Callable[[], set[str]]) -> list[tuple[int, int]]:
-    """Processes that hold the bridge's socket of a run folder that is nobody's: started by a server that died before it wrote down which.
+async def end_holders(ids: set[str]) -> None:
+    """End the processes that hold the bridge's socket of one of these sandboxes, for those of which nobody knows the processes.
 
-    Only the server binds that socket and only that sandbox inherits it, so no other process can be among them. Blocks.
+    Only the server binds that socket and only that sandbox inherits it, so no other process can be among them.
     """
-    ids = {os.path.basename(path) for path in folders.subfolders(places.run)}
-    ids -= keep_ids()
+    for _ in range(_HOLDER_ROUNDS):
+        sockets, holders = await asyncio.to_thread(_find_holders, ids)
+        if not sockets:
+            return
+        await asyncio.gather(*(launch.end_leftover(pid, start_time, None) for pid, start_time in holders))
+        await asyncio.sleep(0.02)
+    log.error("what is left of sandbox %s does not end", ", ".join(sorted(ids)))
+
+
+def _find_holders(ids: set[str]) -> tuple[set[str], list[tuple[int, int]]]:
+    """The bound sockets, and who holds them: pids with start times. Blocks."""
     links = {f"socket:[{inode}]" for id, inode in _bound_sockets() if id in ids}
-    found = []
-    for name in os.listdir("/proc") if links else ():
-        if name.isdigit() and links & _open_files(name):
-            found.append((int(name), launch.find_start_time(int(name)) or 0))
-    return found
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit() and name != str(os.getpid())] if links else []
+    return links, [(pid, launch.find_start_time(pid) or 0) for pid in pids if links & _open_files(pid)]
 
 
 def _bound_sockets() -> Iterator[tuple[str, str]]:
@@ -107,7 +117,7 @@ def _bound_sockets() -> Iterator[tuple[str, str]]:
                 yield os.path.basename(os.path.dirname(fields[7].rstrip())), fields[6]
 
 
-def _open_files(pid: str) -> set[str]:
+def _open_files(pid: int) -> set[str]:
     """What a process has open, as far as it can be seen."""
     found = set()
     with contextlib.suppress(OSError):

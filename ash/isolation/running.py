@@ -50,7 +50,7 @@ class Sandbox:
         self._is_stopping = False
         self._is_used = asyncio.Event()
         self._met: list[dict[str, Any]] = []
-        tree = Tree(process.pid, process.has_namespace)
+        tree = Tree(process.pid, process.has_namespace, process.start_time)
         self._disk = Watcher(
             lambda: self.place.folder, tree, place.limits, min_free_mb=place.min_free_mb, on_limit=self._meet_limit,
             end=self._end_over_limit, read_quota=place.read_disk_use if place.quota is not None else None,
@@ -94,7 +94,8 @@ class Sandbox:
         return found
 
     def _meet_limit(self, limit: str, message: str) -> None:
-        self._met.append({"limit": limit, "message": message})
+        if all(data["limit"] != limit for data in self._met):  # one that comes and goes is told once
+            self._met.append({"limit": limit, "message": message})
         self._logbook.system(message)
 
     def _end_over_limit(self, reason: str) -> None:

@@ -29,6 +29,7 @@ ENOSYS = _refuse(errno.ENOSYS)
 EAFNOSUPPORT = _refuse(errno.EAFNOSUPPORT)
 EPROTONOSUPPORT = _refuse(errno.EPROTONOSUPPORT)
 ENOPROTOOPT = _refuse(errno.ENOPROTOOPT)
+EOPNOTSUPP = _refuse(errno.EOPNOTSUPP)
 UNKNOWN = ENOSYS
 """For a number that is not in the table. Programs take ENOSYS as the word to go another way."""
 
@@ -63,6 +64,8 @@ _UNIX, _INET, _INET6, _NETLINK = 1, 2, 10, 16
 _STREAM, _DGRAM = 1, 2
 _ANY, _ICMP, _TCP, _UDP, _ICMPV6 = 0, 1, 6, 17, 58
 _TCP_ULP = 31
+_GIVING_BACK = (0x3, 0x8)
+"""FALLOC_FL_PUNCH_HOLE, with which FALLOC_FL_KEEP_SIZE has to come, and FALLOC_FL_COLLAPSE_RANGE."""
 _PERSONALITIES = (0, 0x8, 0x20000, 0x20008, 0x40000, 0xFFFFFFFF)
 _IS_INET = Check(0, "in", (_INET, _INET6))
 
@@ -91,6 +94,8 @@ RULES = (
     Rule("socketpair", EAFNOSUPPORT, "as socket; pairs are of AF_UNIX", (Check(0, "not in", (_UNIX,)),), "the family is not AF_UNIX"),
     Rule("setsockopt", ENOPROTOOPT, "puts kernel TLS, SMC and other protocols on a connection and loads them",
          (Check(1, "in", (_TCP,)), Check(2, "in", (_TCP_ULP,))), "the option is TCP_ULP"),
+    Rule("fallocate", EOPNOTSUPP, "takes a whole disk in no time and past the file size limit, where a quota is only watched; C libraries "
+         "and programs then write", (Check(1, "not in", _GIVING_BACK),), "the mode is not one that gives space back"),
     Rule("personality", EPERM, "executable stacks, foreign systems' calls and odd memory layouts",
          (Check(0, "not in", _PERSONALITIES),), "not one of Linux, 32-bit `uname`, 2.6 `uname`, fixed addresses, or asking"),
     Rule("io_uring_setup io_uring_enter io_uring_register", ENOSYS,
@@ -260,6 +265,7 @@ def _check(check: Check, rest: int) -> Code:
 _WORDS = {
     ALLOW: "allowed", KILL: "killed", EPERM: "`EPERM`", ENOSYS: "`ENOSYS`", EAFNOSUPPORT: "`EAFNOSUPPORT`",
     EPROTONOSUPPORT: "`EPROTONOSUPPORT`", ENOPROTOOPT: "`ENOPROTOOPT`",
+    EOPNOTSUPP: "`EOPNOTSUPP`",
 }  # fmt: skip
 
 

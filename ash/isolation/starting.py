@@ -119,7 +119,7 @@ class Starter:
             leftovers.write_handle(_handle(id, place, pid, process.start_time))
             link = await Link.open(bridge_path, logbook.report)
         except BaseException as error:  # whatever went wrong, the processes go
-            await asyncio.shield(asyncio.to_thread(launch.abandon, popen, place.cgroup))
+            await asyncio.shield(self._abandon(id, popen, place))
             for held in (process, info):
                 if held is not None:
                     held.close()
@@ -129,6 +129,11 @@ class Starter:
         sandbox = self.alive[id] = Sandbox(id, place, process, link, logbook, self._gone)
         _ = self._tasks.start(sandbox.live(), f"sandbox {id}")
         return sandbox
+
+    @staticmethod
+    async def _abandon(id: str, popen: subprocess.Popen[bytes], place: Place) -> None:
+        await asyncio.to_thread(launch.abandon, popen, place.cgroup)
+        await leftovers.end_holders({id})
 
     def _spawn(
         self, isolation: Isolation, place: Place, bridge_path: str, logbook: Logbook

@@ -126,7 +126,7 @@ def _find_range(request: web.Request, content: _Content) -> tuple[int, int]:
 async def download(request: web.Request) -> web.StreamResponse:
     id, workspaces = session_id(request), parts(request).workspaces
     await parts(request).sessions.get(tenant(request), id)
-    with workspaces.archive() as file:
+    with workspaces.archive(tenant(request)) as file:
         await workspaces.pack(tenant(request), id, file)
         return await _send(request, _Content(file, file.tell(), f"{id}.tar.gz", "application/gzip"))
 
@@ -135,7 +135,7 @@ async def upload(request: web.Request) -> web.Response:
     """The archive as the body itself, or as `{"bundle": base64}`."""
     here, id = parts(request), session_id(request)
     await here.workspaces.check_writable(tenant(request), id)
-    with here.workspaces.archive() as file:
+    with here.workspaces.archive(tenant(request)) as file:
         if request.content_type in _ARCHIVES:
             await _receive(request, file, here.config.max_body_mb * MIB)
         else:

@@ -77,3 +77,14 @@ async def test_the_resolver_of_the_system_knows_localhost_and_says_when_it_knows
             await resolver("a" * 80)
     finally:
         resolver.close()
+
+
+@pytest.mark.parametrize("text", ["::ffff:169.254.169.254", "64:ff9b::169.254.169.254"])
+def test_a_metadata_service_in_other_clothes_is_not_opened_by_a_network(text: str) -> None:
+    networks = tuple(map(parse_network, ("::/0", "0.0.0.0/0", "::ffff:0:0/96")))
+    assert find_fault(ipaddress.ip_address(text), networks) == "metadata service"
+
+
+def test_the_unspecified_address_is_this_machines_own() -> None:
+    assert is_own(ipaddress.ip_address("0.0.0.0"))
+    assert is_own(ipaddress.ip_address("::"))

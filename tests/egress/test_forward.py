@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import pytest
 
+from ash.tasks import Tasks
 from tests.egress.network import Way, answering, host, status
 from tests.harness import eventually
 
@@ -94,6 +95,34 @@ async def test_a_program_that_waits_to_send_its_body_is_told_to_go_on(way: Way) 
             assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
         writer.close()
     assert b"Expect" not in heard[0]
+
+
+async def test_a_body_of_tiny_pieces_leaves_others_their_turn(way: Way) -> None:
+    """Thousands of them arrive at once, and nobody waits for the network in between."""
+    turns = 0
+
+    async def another() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def reading(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n0\r\n\r\n")
+        writer.write(HELLO)
+        writer.close()
+
+    pieces = b"1\r\nx\r\n" * 5000 + b"0\r\n\r\n"
+    async with Tasks() as tasks:
+        _ = tasks.start(another(), "another")
+        async with host(answering(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + pieces)) as port:
+            assert (await way.get(f"http://web.test:{port}/")).endswith(b"0\r\n\r\n")
+        assert turns >= 5000
+        before = turns
+        async with host(reading) as port:
+            head = f"POST http://web.test:{port}/ HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+            assert status(await way.say(head, pieces)) == 200
+        assert turns - before >= 5000
 
 
 async def test_a_host_that_answers_before_it_has_all_is_heard(way: Way) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from ash.egress import Egress, EgressAccess, EgressPolicy, front, proxy, streams
+from ash.egress import Egress, EgressAccess, EgressPolicy, dial, front, proxy, streams
 from ash.errors import SandboxFailed, StoreFailed
 from ash.models import Json
 from tests.egress.network import LOOPBACK, OPEN, Table, Way, answering, echo, free_port, host, open_way, status
@@ -129,6 +129,47 @@ async def test_the_servers_own_port_is_refused_even_where_loopback_is_allowed(wa
         answer = await way.get(f"http://web.test:{port}/")
         assert status(answer) == 403
         assert b"Ash-Egress: server" in answer
+
+
+async def test_the_servers_own_port_is_refused_by_whatever_address_it_is_reached(way: Way) -> None:
+    """The kernel takes 0.0.0.0 for loopback."""
+    way.policy = OPEN._replace(allow_private=("0.0.0.0/0", "::/0"))
+    for number, address in enumerate(("0.0.0.0", "::ffff:127.0.0.1")):
+        way.table.answers[f"own{number}.test"] = [[address]]
+        async with host(answering(HELLO)) as port:
+            assert status(await way.get(f"http://own{number}.test:{port}/")) == 200
+            way.egress.protect(port)
+            assert b"Ash-Egress: server" in await way.get(f"http://own{number}.test:{port}/")
+
+
+async def test_a_network_is_denied_in_its_ipv6_form_too(way: Way) -> None:
+    way.policy = OPEN._replace(deny=("127.0.0.1",), allow_private=("::/0",))
+    way.table.answers["mapped.test"] = [["::ffff:127.0.0.1"]]
+    assert b"Ash-Egress: denied" in await way.get("http://mapped.test/")
+
+
+async def test_no_more_than_some_addresses_of_a_name_are_looked_at(way: Way) -> None:
+    way.table.answers["many.test"] = [["127.0.0.1"] + [f"127.0.{number}.1" for number in range(dial.MAX_ANSWERS)] + ["10.0.0.1"]]
+    async with host(answering(HELLO)) as port:
+        assert status(await way.get(f"http://many.test:{port}/")) == 200
+
+
+async def test_a_look_up_keeps_its_place_until_the_resolver_is_done(way: Way) -> None:
+    """A thread that waits for a hostile name server does not stop because nobody waits for it any more."""
+    asked, answer = list[str](), asyncio.Event()
+
+    async def resolve(name: str) -> list[str]:
+        asked.append(name)
+        await answer.wait()
+        return ["127.0.0.1"]
+
+    way.policy = OPEN._replace(connect_seconds=0.05)
+    way.egress._dialer._resolve = resolve
+    for number in range(proxy._LOOKUPS + 2):
+        assert status(await way.get(f"http://slow{number}.test/")) == 504
+    assert len(asked) == proxy._LOOKUPS
+    answer.set()
+    await eventually(lambda: way.egress._gates["box"].lookups._value == proxy._LOOKUPS)
 
 
 async def test_a_denied_network_is_refused_for_a_name_that_leads_there(way: Way) -> None:
@@ -334,6 +375,17 @@ async def test_a_head_that_never_ends_is_given_up(way: Way, monkeypatch: pytest.
     monkeypatch.setattr(front, "HEAD_SECONDS", 0.1)
     assert status(await way.say("GET http://web.test/ HTTP/1.1\r\nHost: a\r\nX: ")) == 408
     assert await way.say("") == b""
+
+
+async def test_a_head_of_very_many_lines_is_refused_before_it_is_parsed(way: Way) -> None:
+    lines = b"a:\r\n" * front.MAX_LINES
+    answer = await way.say(b"GET http://web.test/ HTTP/1.1\r\nHost: a\r\n" + lines + b"\r\n")
+    assert (status(answer), b"more than 300 headers" in answer) == (400, True)
+    async with host(answering(HELLO)) as port:
+        head = f"POST http://web.test:{port}/ HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 1000\r\n\r\n"
+        assert status(await way.say(head.encode() + b"\n" * 1000)) == 200
+    async with host(answering(b"HTTP/1.1 200 OK\r\n" + lines + b"Content-Length: 0\r\n\r\n")) as port:
+        assert status(await way.get(f"http://web.test:{port}/")) == 502
 
 
 async def test_a_head_beyond_the_limit_is_refused(way: Way) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ash.egress.rules import EgressPolicy, find_refusal, parse_host, parse_network, parse_rule, rule_set
+from ash.egress.rules import MAX_RULES, EgressPolicy, check_rules, find_refusal, parse_host, parse_network, parse_rule, rule_set
 
 ANY = ("*:*",)
 
@@ -148,3 +148,9 @@ def test_a_network_with_bits_beyond_its_mask_is_refused() -> None:
     assert str(parse_network("10.1.0.0/16")) == "10.1.0.0/16"
     with pytest.raises(ValueError, match="write it like"):
         parse_network("10.1.2.3/16")
+
+
+def test_more_rules_than_can_be_looked_at_for_each_connection_are_refused() -> None:
+    assert len(check_rules((f"h{number}.test" for number in range(MAX_RULES)), ValueError)) == MAX_RULES
+    with pytest.raises(ValueError, match="more than"):
+        check_rules((f"h{number}.test" for number in range(MAX_RULES + 1)), ValueError)

@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -112,6 +113,19 @@ async def when_it_is_spawned(pool: Pool, deed: Deed) -> None:
         await _bear(pool.take())
 
 
+async def when_its_first_process_is_made(pool: Pool, deed: Deed) -> None:
+    """Before the server has heard which one that is."""
+
+    def wait(victim: Victim) -> None:
+        deadline = time.monotonic() + 5
+        while victim.init is None and time.monotonic() < deadline:
+            time.sleep(0.0002)
+        deed(victim)
+
+    with _around_spawn(None, wait):
+        await _bear(pool.take())
+
+
 async def before_it_is_connected(pool: Pool, deed: Deed) -> None:
     spawned: list[Victim] = []
     original = Link.open.__func__  # type: ignore[attr-defined]
@@ -191,8 +205,8 @@ async def while_it_is_stopped(pool: Pool, deed: Deed) -> None:
 MOMENTS: dict[str, Callable[[Pool, Deed], Awaitable[None]]] = {
     moment.__name__.replace("_", " "): moment
     for moment in (
-        before_it_is_spawned, when_it_is_spawned, before_it_is_connected, before_it_is_ready, while_it_waits_warm,
-        while_it_is_filled, while_it_is_initialized, in_a_turn, in_a_command, while_it_is_stopped,
+        before_it_is_spawned, when_it_is_spawned, when_its_first_process_is_made, before_it_is_connected, before_it_is_ready,
+        while_it_waits_warm, while_it_is_filled, while_it_is_initialized, in_a_turn, in_a_command, while_it_is_stopped,
     )
 }  # fmt: skip
 IN_SHUTDOWN = "while the server shuts down"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import AsyncIterator
 
@@ -62,6 +63,33 @@ async def test_a_bomb_of_empty_files_is_ended(sandbox: Sandbox) -> None:
     assert disk.measure(sandbox.place.folder).files < 100000
     assert await limits_met(sandbox) == ["files"]
     assert (await sandbox.exec("echo alive")).stdout == "alive\n"
+
+
+async def test_disk_cannot_be_taken_without_writing(sandbox: Sandbox) -> None:
+    """Not by fallocate(2), which takes no time, nor beyond the largest file with FALLOC_FL_KEEP_SIZE."""
+    for option in ("", "--keep-size"):
+        result = await sandbox.exec(f"fallocate {option} --length 30MiB /workspace/big")
+        assert "supported" in result.stderr
+    assert disk.measure(sandbox.place.folder).bytes < 30 * MIB
+    assert (await sandbox.exec("head -c 8192 /dev/zero > /workspace/a && fallocate -p -o 0 -l 4096 /workspace/a")).exit_code == 0
+
+
+async def test_a_file_without_a_name_that_is_only_mapped_counts(sandbox: Sandbox) -> None:
+    if os.geteuid():
+        pytest.skip("only root can see what a mapping holds")
+    code = """
+import ctypes, os
+libc = ctypes.CDLL(None)
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+for number in range(200):
+    with open("/workspace/hidden", "w+b", 0) as file:
+        os.unlink("/workspace/hidden")
+        file.write(bytes(4_000_000))
+        libc.mmap(None, 4096, 1, 1, file.fileno(), 0)
+"""
+    result = await sandbox.exec(f"/usr/bin/python3 -I -S -c '{code}'")
+    assert result.exit_code != 0
+    assert await limits_met(sandbox) == ["disk"]
 
 
 async def test_a_file_without_a_name_counts(sandbox: Sandbox) -> None:

@@ -118,6 +118,14 @@ async def test_a_new_session_is_refused_before_the_host_is_full(pool: Pool, left
     assert pool.status().counts[f"refused_{word}"] == 1
 
 
+async def test_no_copy_of_a_session_is_made_on_a_disk_that_is_nearly_full(pool: Pool) -> None:
+    await pool.take("s1")
+    pool.headroom.say(disk_mb=50)
+    with pytest.raises(Overloaded, match="disk"):
+        await pool.copy_folder(str(pool.session_dir("s1")), str(pool.session_dir("s2")))
+    assert not pool.session_dir("s2").exists()
+
+
 async def test_a_session_that_wakes_may_use_the_reserve(pool: Pool) -> None:
     sandbox = await pool.take("s1")
     await sandbox.stop(grace=0)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import mmap
 import os
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -134,6 +138,96 @@ async def test_who_goes_on_making_files_loses_the_sandbox(session: Path, start: 
             step(watcher)
     assert said[0] == "files"
     assert "was ended" in said[1]
+
+
+def test_a_removed_file_that_is_only_mapped_counts(session: Path) -> None:
+    with (session / "workspace/gone").open("w+b") as file:
+        file.write(bytes(3 * MIB))
+        file.flush()
+        mapped = mmap.mmap(file.fileno(), 4096)
+        os.unlink(file.name)
+    # Python keeps a descriptor of its own beside the mapping, a program in C would not.
+    held = [path for path in disk._list_held(os.getpid()) if "/map_files/" in path]
+    assert any(path.startswith(f"/proc/{os.getpid()}/map_files/") for path in held)
+    if os.geteuid() == 0 and os.path.exists(held[0]):
+        assert 3 * MIB in [os.stat(path).st_blocks * 512 for path in held if os.path.exists(path)]
+    mapped.close()
+
+
+def test_a_removed_file_that_one_thread_alone_holds_counts(session: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
+    code = f"""
+import ctypes, os, sys, threading
+def hold():
+    if ctypes.CDLL(None).unshare(0x400): os._exit(3)
+    file = open({str(session / "workspace/gone")!r}, "wb"); file.write(bytes(3 << 20)); file.flush(); os.unlink(file.name)
+    print("held", flush=True); threading.Event().wait(60)
+threading.Thread(target=hold).start()
+"""
+    process = start("", parent=code)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    assert disk.measure_removed([process.pid], str(session)) == 3 * MIB
+
+
+def test_who_goes_on_writing_slowly_loses_the_sandbox_too(session: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
+    watcher, said = make_watcher(session, start("import time; time.sleep(60)").pid)
+    for number in range(60):
+        with (session / "workspace/slow").open("ab") as file:  # as a mapped file grows, which no file size limit stops
+            file.write(bytes(2 * MIB))
+        if number > 4:
+            step(watcher)
+    assert said[0] == "disk"
+    assert "was ended" in said[1]
+
+
+async def test_a_held_sandbox_may_make_folders_and_empty_files(session: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
+    process = start("import time; time.sleep(60)")
+    watcher, said = make_watcher(session, process.pid)
+    await until(lambda: len(list(disk.list_processes(process.pid))) == 2)
+    (session / "workspace/big").write_bytes(bytes(9 * MIB))
+    for number in range(10):
+        step(watcher)
+        (session / "workspace" / str(number)).touch()
+    assert said == ["disk"]
+    assert len([pid for pid in disk.list_processes(process.pid) if not is_zombie(pid)]) == 2
+
+
+async def test_nothing_is_done_to_a_process_that_only_has_the_pid_of_one_that_is_gone(
+    session: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = start("import time; time.sleep(60)")
+    watcher, _ = make_watcher(session, process.pid)
+    await until(lambda: len(list(disk.list_processes(process.pid))) == 2)
+    watcher._tree = Tree(process.pid, has_namespace=False, start_time=1)
+    (session / "workspace/big").write_bytes(bytes(9 * MIB))
+    step(watcher)
+    disk.signal_tools(watcher._tree, signal.SIGKILL)
+    assert watcher.is_held
+    assert resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[0] != 0
+    assert len([pid for pid in disk.list_processes(process.pid) if not is_zombie(pid)]) == 2
+
+
+async def test_a_watcher_outlives_whatever_goes_wrong_while_it_measures(session: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watcher, _ = make_watcher(session, os.getpid())
+    asked: list[int] = []
+
+    def fail() -> None:
+        asked.append(1)
+        raise subprocess.TimeoutExpired("prlimit", 10)
+
+    monkeypatch.setattr(watcher, "check", fail)
+    monkeypatch.setattr(watcher, "interval", lambda: 0.01)
+    running = asyncio.ensure_future(watcher.run())
+    await until(lambda: len(asked) > 2)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+def test_the_next_look_comes_before_the_hosts_disk_can_be_full(session: Path) -> None:
+    free = os.statvfs(session).f_bavail * os.statvfs(session).f_frsize
+    watcher, _ = make_watcher(session, os.getpid(), LIMITS._replace(disk_mb=0, max_files=0), min_free_mb=max(1, (free >> 20) - 3000))
+    watcher.check()
+    assert disk.HOST_SHORTEST <= watcher.interval() < 5
 
 
 async def test_who_moves_folders_about_is_measured_all_the_same(session: Path, start: Callable[..., subprocess.Popen[str]]) -> None:

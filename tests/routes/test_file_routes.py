@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import gzip
 import io
 import os
@@ -16,7 +17,9 @@ import aiohttp
 import pytest
 from yarl import URL
 
+from ash.errors import Overloaded
 from ash.routes import files as routes
+from ash.workspaces import MOST_OF_TENANT
 from tests.harness import Server, eventually
 
 Start = Callable[..., Awaitable[Server]]
@@ -289,6 +292,19 @@ async def test_more_archives_than_the_server_takes_are_to_come_again(server: Ser
     async with server.http.get(f"{server.url}/api/sessions/{id}/workspace") as answer:
         assert (answer.status, len(await answer.read()) > 0) == (200, True)
     await eventually(lambda: server.parts.workspaces._archives == 0)
+
+
+async def test_archives_of_one_tenant_do_not_keep_out_those_of_another(server: Server, id: str) -> None:
+    workspaces = server.parts.workspaces
+    with contextlib.ExitStack() as slow:
+        for _ in range(MOST_OF_TENANT):
+            slow.enter_context(workspaces.archive("default"))
+        with pytest.raises(Overloaded), workspaces.archive("default"):
+            pass
+        with workspaces.archive("another"):
+            pass
+    async with server.http.get(f"{server.url}/api/sessions/{id}/workspace") as answer:
+        assert answer.status == 200
 
 
 async def test_a_client_that_leaves_in_the_middle_of_an_upload_leaves_nothing(server: Server, id: str) -> None:
