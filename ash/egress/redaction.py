@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 from collections.abc import Iterable
 from urllib.parse import quote
 
@@ -19,9 +20,17 @@ FILL = b"*"
 def needles(secret: str) -> set[bytes]:
     """The forms in which a secret is looked for."""
     plain = secret.encode()
-    forms = {plain, quote(secret, safe="").encode(), json.dumps(secret)[1:-1].encode(), html.escape(secret).encode()}
+    escaped, urls = json.dumps(secret)[1:-1], (quote(secret, safe=""), quote(secret))
+    texts = {secret, html.escape(secret), html.escape(secret, quote=False), escaped, escaped.replace("/", "\\/")}
+    texts |= {*urls, *map(_in_lower_case, urls)}
+    forms = {text.encode() for text in texts}
     forms |= {core for before in range(3) for core in _base64_cores(plain, before)}
     return {form for form in forms if form}
+
+
+def _in_lower_case(url: str) -> str:
+    """`%2f` for `%2F`: both are in use."""
+    return re.sub("%..", lambda match: match.group().lower(), url)
 
 
 def _base64_cores(secret: bytes, before: int) -> Iterable[bytes]:

@@ -64,6 +64,8 @@ _UNIX, _INET, _INET6, _NETLINK = 1, 2, 10, 16
 _STREAM, _DGRAM = 1, 2
 _ANY, _ICMP, _TCP, _UDP, _ICMPV6 = 0, 1, 6, 17, 58
 _TCP_ULP = 31
+_RESERVING = (0x40305828, 0x4030582A, 0x40305839)
+"""FS_IOC_RESVSP, FS_IOC_RESVSP64 and FS_IOC_ZERO_RANGE."""
 _GIVING_BACK = (0x3, 0x8)
 """FALLOC_FL_PUNCH_HOLE, with which FALLOC_FL_KEEP_SIZE has to come, and FALLOC_FL_COLLAPSE_RANGE."""
 _PERSONALITIES = (0, 0x8, 0x20000, 0x20008, 0x40000, 0xFFFFFFFF)
@@ -82,6 +84,8 @@ RULES = (
          (Check(1, "in", (_TIOCSETD,)),), "the request is TIOCSETD"),
     Rule("ioctl", EPERM, "changes the project number that a disk quota counts by",
          (Check(1, "in", (_FS_IOC_FSSETXATTR,)),), "the request is FS_IOC_FSSETXATTR"),
+    Rule("ioctl", EOPNOTSUPP, "as fallocate, which these call",
+         (Check(1, "in", _RESERVING),), "the request is FS_IOC_RESVSP, FS_IOC_RESVSP64 or FS_IOC_ZERO_RANGE"),
     Rule("socket", EAFNOSUPPORT, "AF_VSOCK reaches the hypervisor from any network namespace; AF_ALG, AF_PACKET, AF_KEY, AF_RDS, AF_TIPC, "
          "AF_CAN, AF_BLUETOOTH and the rest load protocols with a history of holes",
          (Check(0, "not in", (_UNIX, _INET, _INET6, _NETLINK)),), "the family is not AF_UNIX, AF_INET, AF_INET6 or AF_NETLINK"),

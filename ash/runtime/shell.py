@@ -19,8 +19,10 @@ MAX_COMMAND_BYTES = 120_000
 _KEPT = 128 * 1024
 _MAX_STATE = 256 * 1024
 _FORGOTTEN = ("_", "SHLVL", "OLDPWD")
-# The state is written when the shell exits, however it exits; `command -p` finds env even when PATH was broken.
-_WITH_STATE = """trap '{ pwd -P || echo "$PWD"; printf "\\0"; command -p env -0; } 2>/dev/null >&%d' EXIT; cd -- "$2" || exit; eval "$1\""""
+# The state is written when the shell exits, however it exits; `command -p` finds env even when PATH was broken. Where nothing may be
+# written, as beyond the session's disk, SIGXFSZ would end the shell and hide how the command ended.
+_WITH_STATE = """trap '{ trap "" XFSZ; pwd -P || echo "$PWD"; printf "\\0"; command -p env -0; } 2>/dev/null >&%d' EXIT; \
+cd -- "$2" || exit; eval "$1\""""
 _STATE_FD, _LOW_STATE_FD = 250, 9
 """Where the state is written: a number no script is likely to use for itself; shells other than bash only know those of one digit."""
 _IN_FOLDER = """cd -- "$2" || exit; eval "$1\""""

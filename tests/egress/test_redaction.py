@@ -26,7 +26,10 @@ def test_a_secret_is_found_inside_base64_at_any_place(before: int, after: int) -
         assert shown.count(b"*") >= len(SECRET) * 8 // 6 - 1
 
 
-@pytest.mark.parametrize("form", [SECRET, quote(SECRET, safe=""), json.dumps(SECRET), html.escape(SECRET)])
+@pytest.mark.parametrize("form", [
+    SECRET, quote(SECRET, safe=""), quote(SECRET), "s3cr3t%2fToken%2bValue%3d%26%3c", "s3cr3t/Token%2bValue%3d%26%3c",
+    json.dumps(SECRET), json.dumps(SECRET).replace("/", "\\/"), html.escape(SECRET), html.escape(SECRET, quote=False),
+])  # fmt: skip
 def test_a_secret_is_found_as_texts_write_it(form: str) -> None:
     assert SECRET[:6].encode() not in Redactor(needles(SECRET)).redact(f"a {form} b".encode())
 

@@ -54,6 +54,7 @@ CALLS: dict[str, tuple[str, tuple[int, ...], str]] = {
     "kernel TLS on a connection": ("setsockopt", (BAD, 6, 31, 0, 0), "ENOPROTOOPT"),
     "take disk without writing": ("fallocate", (BAD, 0, 0, 1), "ENOTSUP"),
     "take disk without making a file longer": ("fallocate", (BAD, 1, 0, 1), "ENOTSUP"),
+    "take disk by a request of XFS": ("ioctl", (BAD, 0x4030582A, 0), "ENOTSUP"),
     "executable memory wherever it can be read": ("personality", (0x400000,), "EPERM"),
     "io_uring": ("io_uring_setup", (1, BAD), "ENOSYS"),
     "io_uring, a ring of somebody's": ("io_uring_enter", (BAD, 0, 0, 0, 0, 0), "ENOSYS"),
@@ -134,8 +135,8 @@ TELLING = {
     "change the project of a quota", "clone3", "enter a namespace", "executable memory wherever it can be read",
     "kernel TLS on a connection", "mount", "mount_setattr", "open_tree", "read a process's memory", "set a clock",
     "set a line discipline (TIOCSETD)", "take a process's descriptor", "take disk without writing",
-    "take disk without making a file longer", "trace a process", "type into a terminal (TIOCSTI)", "unmount",
-    "unshare a user namespace", "write a process's memory",
+    "take disk without making a file longer", "take disk by a request of XFS", "trace a process", "type into a terminal (TIOCSTI)",
+    "unmount", "unshare a user namespace", "write a process's memory",
 }  # fmt: skip
 """Calls that any kernel answers otherwise when nothing stands before it."""
 

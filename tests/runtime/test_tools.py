@@ -476,3 +476,9 @@ def test_every_field_of_a_schema_is_described(tool: Any) -> None:
     assert offered["input_schema"]["additionalProperties"] is False
     assert all(field["description"] for field in offered["input_schema"]["properties"].values())
     assert set(offered["input_schema"]["required"]) <= set(offered["input_schema"]["properties"])
+
+
+def test_a_command_tells_how_it_ended_where_nothing_may_be_written(bench: Workbench) -> None:
+    """As beyond the session's disk: then the shell cannot hand on its folder either."""
+    assert "7" in content(bench, "Bash", command="ulimit -f 0; exit 7")
+    assert content(bench, "Bash", command="ulimit -f 0; echo said").strip() == "said"
