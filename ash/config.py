@@ -70,7 +70,9 @@ SETTINGS = (
     Setting("max_sandboxes", int, 1000, "most sandboxes alive at once, warm ones included", minimum=1),
     Setting("max_waiting_starts", int, 100, "most sessions that wait for others to start; further ones are answered 429", minimum=1),
     Setting("min_free_memory_mb", int, 256, "MiB of memory to keep free: below, no session is started and idle ones give way", minimum=0),
-    Setting("min_free_disk_mb", int, 512, "MiB of the data folder's disk to keep free: below, no new session is started; below half, nobody writes", minimum=0),
+    Setting(
+        "min_free_disk_mb", int, 512, "MiB of disk to keep free: below, no session is created; below half, no sandbox writes", minimum=0
+    ),
     Setting("memory_mb", int, 2048, "memory of one sandbox in MiB", minimum=32),
     Setting("cpu_percent", int, 100, "CPU of one sandbox; 100 is one core", minimum=1),
     Setting("max_processes", int, 256, "processes and threads of one sandbox", minimum=8),

@@ -368,9 +368,7 @@ class Gateway:
 
 
 def _not_allowed(model: str, patterns: tuple[str, ...]) -> str:
-    return (
-        f"The model {model!r:.100} is not allowed here; `allow` under [models] in the operator's policy has {', '.join(patterns)[:500]}."
-    )
+    return f"The model {model!r:.100} is not allowed here; `allow` under [models] in the operator's policy has {', '.join(patterns)[:500]}."
 
 
 def _not_named(feature: str) -> str:

@@ -75,9 +75,9 @@ async def test_a_sandbox_that_ran_out_of_memory_between_turns_is_in_the_log(star
     sandbox = server.sandboxes.claimed[0]
     sandbox.limit_reached = "memory"
     sandbox.vanish("the sandbox ran out of memory")
-    async with asyncio.timeout(5):
-        while not [event for event in await log_of(server, id) if event.type == models.LIMIT_REACHED]:
-            await asyncio.sleep(0.01)
+    async for events in server.parts.log.follow(id, 0, types=(models.LIMIT_REACHED,)):
+        assert [event.data["limit"] for event in events] == ["memory"]
+        break
 
 
 async def test_a_limit_that_was_met_and_outlived_is_noted_before_the_turns_end(start_server: Start) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from typing import NamedTuple
 
 from ash.isolation.cgroup import CONTROLLERS, CgroupTree
@@ -19,6 +20,7 @@ TOP = "ash"
 _SYSTEMD = "/run/systemd/system"
 _CONTAINER_MARKS = ("/.dockerenv", "/run/.containerenv", "/run/systemd/container")
 _MOVE_ROUNDS = 10
+_LEAVE_TIMEOUT = 3.0
 
 AS_SERVICE = (
     "Run it as a service whose unit has `Delegate=yes` (`ash service install` writes one), "
@@ -102,7 +104,7 @@ def _find_for_root(facts: Surroundings, mount: str, path: str, own: str) -> Site
         return Site(path, CONTAINER)
     if is_real_top and (own == "/" or not facts.is_container):  # at the very top no container bounds this server either
         return Site(os.path.join(mount, TOP), AT_TOP, mount)
-    if not _others_in(path):
+    if not _others_that_stay(path):
         return Site(path, DELEGATED)
     raise CgroupsUnavailable(f"this server's cgroup {own} also holds processes of others, and it is in a container", _WRITABLE)
 
@@ -216,7 +218,7 @@ def _offered(site: Site) -> tuple[list[str], dict[str, str]]:
 
 def _make_empty(site: Site) -> None:
     """Move this server into a leaf of the cgroup it is in. Others stay where they are, except in a container of which this is the top."""
-    others = _others_in(site.path)
+    others = _others_that_stay(site.path)
     if site.kind == CONTAINER and 0 not in others:
         _move_all(site.path)
     elif others and site.kind != GIVEN:
@@ -224,6 +226,14 @@ def _make_empty(site: Site) -> None:
         raise CgroupsUnavailable(f"this server's cgroup {site.path} also holds other processes: {names}", AS_SERVICE)
     elif str(os.getpid()) in _read_procs(site.path):
         _move(site.path, os.getpid())
+
+
+def _others_that_stay(path: str) -> list[int]:
+    """Without the first processes of the probes' pid namespaces, which leave a moment after the bubblewrap that was waited for."""
+    deadline = time.monotonic() + _LEAVE_TIMEOUT
+    while (others := _others_in(path)) and all(_name_of(pid) in ("bwrap", "gone") for pid in others) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return others
 
 
 def _move_all(path: str) -> None:

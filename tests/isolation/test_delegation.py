@@ -191,6 +191,16 @@ def test_processes_of_others_in_the_own_cgroup_are_named_and_left_alone(host: Ho
     assert not (folder / delegation.SERVER_LEAF).exists()
 
 
+def test_the_last_process_of_a_probe_is_waited_for(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bubblewrap's first process in its pid namespace leaves a moment after the bubblewrap that was started."""
+    folder = host.make(SERVICE, procs=f"{os.getpid()}\n")
+    looks = iter([[7], [7], []])
+    monkeypatch.setattr(delegation, "_others_in", lambda path: next(looks))
+    monkeypatch.setattr(delegation, "_name_of", lambda pid: "bwrap")
+    delegation.take(Site(str(folder), DELEGATED))
+    assert (folder / delegation.SERVER_LEAF / "cgroup.procs").read_text() == str(os.getpid())
+
+
 def test_in_a_container_all_processes_move(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = host.make("/", procs="1\n7\n")
     moved = []
