@@ -19,7 +19,7 @@ test: $(VENV)/ready lint pyz  ## everything CI runs
 	@sh tools/setup.sh curl
 	$(PY) -m pytest
 
-test-vm: $(VENV)/ready pyz  ## the same file as a service on a real machine: Debian in an emulator, built once (root; 10 to 20 minutes)
+test-vm: $(VENV)/ready pyz  ## the same file as a service on a real machine: Debian in an emulator, built once (root; up to an hour)
 	$(PY) -m tools.vm.run --file $(PYZ)
 
 pyz: $(PYZ)  ## dist/ash.pyz

@@ -11,12 +11,13 @@ from typing import Any
 from ash.errors import ProtocolError, SandboxFailed, SandboxUnresponsive, Timeout
 from ash.isolation import cgroup as cgroups
 from ash.isolation import launch
-from ash.isolation.disk import Tree, Watcher
+from ash.isolation.disk import Watcher
 from ash.isolation.launch import Process
 from ash.isolation.link import Link
 from ash.isolation.logbook import Logbook
 from ash.isolation.prepare import Place
 from ash.isolation.records import ExecResult, Limits
+from ash.isolation.tree import Tree
 from ash.isolation.usage import Source
 from ash.isolation.usage import read as read_usage
 from ash.models import SandboxHandle

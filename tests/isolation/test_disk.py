@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from ash.isolation import disk, launch, quota
-from ash.isolation.disk import Tree, Watcher
+from ash.isolation import disk, launch, quota, tree
+from ash.isolation.disk import Watcher
 from ash.isolation.quota import DiskUse, QuotaUnavailable
 from ash.isolation.records import Limits
+from ash.isolation.tree import Tree
 from tests.sandboxes import until
 
 MIB = 1 << 20
@@ -59,16 +60,18 @@ def start(session: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     yield run
     for process in started:
-        for pid in reversed(list(disk.list_processes(process.pid))):
+        for pid in reversed(list(tree.list_processes(process.pid))):
             os.kill(pid, 9)
         process.communicate()
 
 
 def make_watcher(session: Path, pid: int, limits: Limits = LIMITS, **more: int) -> tuple[Watcher, list[str]]:
     said: list[str] = []
-    tree = Tree(pid, has_namespace=False)
+    processes = Tree(pid, has_namespace=False)
     floor = more.get("min_free_mb", 0)
-    watcher = Watcher(lambda: str(session), tree, limits, min_free_mb=floor, on_limit=lambda limit, _: said.append(limit), end=said.append)
+    watcher = Watcher(
+        lambda: str(session), processes, limits, min_free_mb=floor, on_limit=lambda limit, _: said.append(limit), end=said.append
+    )
     return watcher, said
 
 
@@ -125,7 +128,7 @@ async def test_a_flood_of_empty_files_ends_the_tool_and_not_the_session(session:
     await until(lambda: len(os.listdir(session / "workspace")) == 60)
     step(watcher)
     assert said == ["files"]
-    await until(lambda: len([pid for pid in disk.list_processes(process.pid) if not is_zombie(pid)]) == 1)
+    await until(lambda: len([pid for pid in tree.list_processes(process.pid) if not is_zombie(pid)]) == 1)
     assert process.poll() is None
 
 
@@ -183,13 +186,13 @@ def test_who_goes_on_writing_slowly_loses_the_sandbox_too(session: Path, start: 
 async def test_a_held_sandbox_may_make_folders_and_empty_files(session: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
     process = start("import time; time.sleep(60)")
     watcher, said = make_watcher(session, process.pid)
-    await until(lambda: len(list(disk.list_processes(process.pid))) == 2)
+    await until(lambda: len(list(tree.list_processes(process.pid))) == 2)
     (session / "workspace/big").write_bytes(bytes(9 * MIB))
     for number in range(10):
         step(watcher)
         (session / "workspace" / str(number)).touch()
     assert said == ["disk"]
-    assert len([pid for pid in disk.list_processes(process.pid) if not is_zombie(pid)]) == 2
+    assert len([pid for pid in tree.list_processes(process.pid) if not is_zombie(pid)]) == 2
 
 
 async def test_nothing_is_done_to_a_process_that_only_has_the_pid_of_one_that_is_gone(
@@ -197,14 +200,14 @@ async def test_nothing_is_done_to_a_process_that_only_has_the_pid_of_one_that_is
 ) -> None:
     process = start("import time; time.sleep(60)")
     watcher, _ = make_watcher(session, process.pid)
-    await until(lambda: len(list(disk.list_processes(process.pid))) == 2)
+    await until(lambda: len(list(tree.list_processes(process.pid))) == 2)
     watcher._tree = Tree(process.pid, has_namespace=False, start_time=1)
     (session / "workspace/big").write_bytes(bytes(9 * MIB))
     step(watcher)
-    disk.signal_tools(watcher._tree, signal.SIGKILL)
+    tree.signal_tools(watcher._tree, signal.SIGKILL)
     assert watcher.is_held
     assert resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[0] != 0
-    assert len([pid for pid in disk.list_processes(process.pid) if not is_zombie(pid)]) == 2
+    assert len([pid for pid in tree.list_processes(process.pid) if not is_zombie(pid)]) == 2
 
 
 async def test_a_watcher_outlives_whatever_goes_wrong_while_it_measures(session: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +238,7 @@ async def test_who_moves_folders_about_is_measured_all_the_same(session: Path, s
         (session / "workspace/a" / str(number)).mkdir(parents=True)
         (session / "workspace/a" / str(number) / "file").write_bytes(bytes(MIB // 4))
     process = start("import os\nwhile True:\n  os.rename('workspace/a', 'home/a')\n  os.rename('home/a', 'workspace/a')")
-    await until(lambda: len(list(disk.list_processes(process.pid))) == 2)
+    await until(lambda: len(list(tree.list_processes(process.pid))) == 2)
     for _ in range(20):
         assert disk.measure_moving(str(session), Tree(process.pid, has_namespace=False)).bytes >= 0
     watcher, said = make_watcher(session, process.pid, LIMITS._replace(max_files=0))
@@ -251,7 +254,7 @@ async def test_who_moves_folders_about_is_measured_all_the_same(session: Path, s
 def test_a_sandbox_that_does_nothing_is_not_measured_again(session: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
     watcher, _ = make_watcher(session, start("import time; time.sleep(60)").pid)
     watcher.check()
-    watcher._cpu = disk.count_cpu_seconds(disk.list_processes(watcher._tree.pid))
+    watcher._cpu = tree.count_cpu_seconds(tree.list_processes(watcher._tree.pid))
     (session / "workspace/unseen").write_bytes(bytes(MIB))
     watcher.check()
     assert watcher.use.files <= 2
